@@ -1,0 +1,26 @@
+"""Shared by the whole suite: CPU, full float32, eight fake devices, one compilation cache."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=true"
+).strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import jax
+import pytest
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+REPO = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """The whole recorded set when it lies beside the checkout, else the part that ships with the repository."""
+    beside = REPO.parent / "shared" / "goldens" / "open"
+    return beside if beside.is_dir() else REPO / "tests" / "goldens"

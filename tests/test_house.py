@@ -1,0 +1,98 @@
+"""The house rules that a machine can check: imports point downward, nothing is called utils, the package imports no jax."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "opensora_jax"
+
+# Room -> rooms it may import from inside the package.
+MAY_IMPORT = {
+    "common": set(),
+    "parallel": {"common"},
+    "kernels": {"parallel", "common"},
+    "nn": {"kernels", "parallel", "common"},
+    "models": {"nn", "kernels", "parallel", "common"},
+    "vaes": {"nn", "kernels", "parallel", "common"},
+    "text": {"nn", "kernels", "parallel", "common"},
+    "diffusion": {"common"},
+    "sampling": {"common", "diffusion"},
+    "metrics": {"common"},
+    "data": {"common"},
+    "weights": {"common"},
+    "training": {"diffusion", "data", "parallel", "common", "sampling"},
+}
+THIRD_PARTY = {
+    "common": {"jax", "flax", "grain", "torch"},
+    "data": {"flax", "torch", "optax", "orbax"},
+    "kernels": {"flax"},
+    "diffusion": {"flax"},
+}
+FORBIDDEN_NNX = {"jit", "scan", "remat", "grad", "value_and_grad", "Optimizer"}
+
+
+def modules():
+    return sorted(p for p in PACKAGE.rglob("*.py") if "assets" not in p.parts and "_configs" not in p.parts)
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module, node.lineno
+            if node.module == "opensora_jax":
+                yield from ((f"opensora_jax.{alias.name}", node.lineno) for alias in node.names)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_downward(path):
+    room = path.relative_to(PACKAGE).parts[0]
+    if room not in MAY_IMPORT:
+        return
+    wrong = []
+    for name, line in imports(path):
+        parts = name.split(".")
+        if parts[0] == "opensora_jax" and len(parts) > 1:
+            other = parts[1]
+            if other != room and other not in MAY_IMPORT[room]:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+            if room in ("models", "vaes", "text") and other in ("models", "vaes", "text") and other != room:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+        elif parts[0] in THIRD_PARTY.get(room, ()):
+            wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_is_called_utils():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert [name for name in tracked if "util" in Path(name).name.lower()] == []
+
+
+def test_no_object_transforms_of_nnx():
+    wrong = []
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "nnx":
+                if node.attr in FORBIDDEN_NNX:
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} nnx.{node.attr}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_the_tokenizers_import_transformers():
+    wrong = [
+        str(path.relative_to(ROOT))
+        for path in modules()
+        if any(name.split(".")[0] == "transformers" for name, _ in imports(path))
+        and path.relative_to(PACKAGE) != Path("text/tokenizers.py")
+    ]
+    assert not wrong
+
+
+def test_importing_the_package_imports_no_jax():
+    code = "import sys, opensora_jax; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
