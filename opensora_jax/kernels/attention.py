@@ -1,0 +1,94 @@
+"""Attention: one public function, a table of back ends, one choice per shape (logged with its reason).
+
+    out_btnh = attention(q_btnh, k_bsnh, v_bsnh, kv_lengths=text_lengths)
+
+Every back end computes softmax(scale * q k^T + bias) v with a float32 softmax; a query that sees no key returns zeros.
+`implementation` pins a back end; one that cannot serve the call raises `Unsupported` with its reason.
+Fused attention over STDiT's own layout lives beside it, in stdit.py. Figures: docs/performance.md, section "Attention".
+"""
+
+import functools
+import logging
+from types import ModuleType
+
+from opensora_jax.kernels import spec, xla
+from opensora_jax.kernels.spec import Call, Unsupported
+
+log = logging.getLogger("opensora_jax.kernels")
+
+BACKENDS: dict[str, ModuleType] = {"xla": xla}
+PREFERENCE = {"tpu": ("xla",), "cuda": ("xla",)}  # fastest first; other platforms take the reference
+
+
+def attention(
+    q_btnh,
+    k_bsnh,
+    v_bsnh,
+    *,
+    kv_lengths=None,
+    kv_mask=None,
+    segment_ids=None,
+    bias=None,
+    causal=False,
+    scale=None,
+    implementation: str | None = None,
+):
+    """[B, T, N, H] from queries [B, T, N, H] and keys, values [B, S, N, H].
+
+    kv_lengths: [B] int, keys beyond are hidden. kv_mask: [B, S] bool, True = visible. segment_ids: (q_ids [B, T],
+    kv_ids [B, S]), equal ids see each other. bias: additive, broadcasts to [B, N, T, S]. causal: query i sees 0..i.
+    scale: of the logits, by default 1/sqrt(H).
+    """
+    optional = {"kv_lengths": kv_lengths, "kv_mask": kv_mask, "segment_ids": segment_ids, "bias": bias}
+    check_shapes(q_btnh, k_bsnh, v_bsnh, **optional)
+    batch, queries, heads, head_dim = q_btnh.shape
+    extras = {name for name, value in optional.items() if value is not None} | ({"causal"} if causal else set())
+    call = Call("attention", batch, queries, k_bsnh.shape[1], heads, head_dim, str(q_btnh.dtype), frozenset(extras))
+    run = BACKENDS[choose(call, BACKENDS, PREFERENCE, implementation)].attention
+    scale = head_dim**-0.5 if scale is None else scale
+    return run(q_btnh, k_bsnh, v_bsnh, causal=causal, scale=scale, **optional)
+
+
+def choose(call: Call, backends: dict[str, ModuleType], preference: dict, implementation: str | None) -> str:
+    """The pinned back end if it can serve, else the first of the platform's preference that can."""
+    if implementation is not None:
+        if implementation not in backends:
+            raise Unsupported(f"no back end is called {implementation!r}; choose one of {', '.join(backends)}")
+        try:
+            backends[implementation].supports(call)
+        except Unsupported as reason:
+            raise Unsupported(f"{implementation} cannot serve {call}: {reason}") from None
+        return implementation
+    return _first_that_serves(call, tuple(backends.items()), preference.get(spec.platform(), ("xla",)), spec.chip())
+
+
+@functools.cache
+def _first_that_serves(call: Call, backends: tuple, order: tuple, chip: str) -> str:
+    """Cached, so that each shape is logged once."""
+    refused = []
+    for name in order:
+        try:
+            dict(backends)[name].supports(call)
+        except Unsupported as reason:
+            refused.append(f"{name}: {reason}")
+            continue
+        log.info("%s on %s: %s%s", call, chip, name, f" ({'; '.join(refused)})" if refused else "")
+        return name
+    raise Unsupported(f"no back end serves {call}: {'; '.join(refused)}")
+
+
+def check_shapes(q, k, v, *, kv_lengths, kv_mask, segment_ids, bias):
+    batch, queries, heads, head_dim = q.shape
+    keys = k.shape[1]
+    if k.shape != (batch, keys, heads, head_dim) or v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit together")
+    wanted = {"kv_lengths": (kv_lengths, (batch,)), "kv_mask": (kv_mask, (batch, keys))}
+    if segment_ids is not None:
+        wanted |= {"q ids": (segment_ids[0], (batch, queries)), "kv ids": (segment_ids[1], (batch, keys))}
+    for name, (value, shape) in wanted.items():
+        if value is not None and value.shape != shape:
+            raise ValueError(f"attention: {name} has shape {value.shape}, expected {shape}")
+    if bias is not None and (
+        bias.ndim != 4 or any(have not in (1, want) for have, want in zip(bias.shape, (batch, heads, queries, keys)))
+    ):
+        raise ValueError(f"attention: bias {bias.shape} does not broadcast to {(batch, heads, queries, keys)}")

@@ -1,0 +1,98 @@
+"""Self-attention of the STDiT family over its own layout: projected activations in, attended activations out.
+
+    out_btsc = stdit_attention(qkv_btsc, num_heads=16, mode="temporal", q_scale=..., k_scale=..., rope=(cos, sin))
+
+`qkv_btsc` [B, T, S, 3*C] is what the fused projection wrote, in the order (q k v, head, head_dim). Spatial mode attends
+over S for each frame, temporal mode over T for each position. Fused back ends split heads, normalise, rotate and attend
+in fast memory; the others go through `attention`.
+"""
+
+from types import ModuleType
+
+import jax.numpy as jnp
+
+from opensora_jax.kernels import attention as dispatch
+from opensora_jax.kernels import spec, xla
+from opensora_jax.kernels.spec import Call
+
+FUSED: dict[str, ModuleType] = {}
+PREFERENCE: dict[str, tuple[str, ...]] = {}  # fastest first, by platform
+COMPOSED = "composed"
+
+
+class _Anything:
+    """Stands for the composed path at the end of the preference."""
+
+    supports = staticmethod(lambda call: None)
+
+
+def stdit_attention(
+    qkv_btsc,
+    *,
+    num_heads: int,
+    mode: str = "spatial",
+    q_scale=None,
+    k_scale=None,
+    rope=None,
+    norm_before_rope: bool = True,
+    kv_mask=None,
+    implementation: str | None = None,
+):
+    """[B, T, S, C].
+
+    q_scale, k_scale: [head_dim] weights of the RMS norm over each head (eps 1e-6), or None for no norm.
+    rope: (cos, sin), each [row, head_dim], for interleaved pairs; row is S in spatial and T in temporal mode.
+    norm_before_rope: False for Open-Sora 1.1, which rotates first. kv_mask: [B, row] bool, True = visible.
+    """
+    if mode not in ("spatial", "temporal"):
+        raise ValueError(f"stdit_attention: mode={mode!r} is unknown; choose spatial or temporal")
+    b, t, s, c3 = qkv_btsc.shape
+    head_dim = c3 // (3 * num_heads)
+    if head_dim * 3 * num_heads != c3:
+        raise ValueError(f"stdit_attention: {c3} channels are not 3 x {num_heads} heads of equal size")
+    row = s if mode == "spatial" else t
+    for name, table in zip(("cos", "sin"), rope or ()):
+        if table.shape != (row, head_dim):
+            raise ValueError(f"stdit_attention: {name} has shape {table.shape}, expected {(row, head_dim)}")
+    if kv_mask is not None and kv_mask.shape != (b, row):
+        raise ValueError(f"stdit_attention: kv_mask has shape {kv_mask.shape}, expected {(b, row)}")
+    if (q_scale is None) != (k_scale is None):
+        raise ValueError("stdit_attention: give q_scale and k_scale, or neither")
+    optional = {"norm": q_scale, "rope": rope, "kv_mask": kv_mask}
+    extras = frozenset(name for name, value in optional.items() if value is not None)
+    call = Call(mode, b * t * s // row, row, row, num_heads, head_dim, str(qkv_btsc.dtype), extras)
+    fused = _fused(call, implementation)
+    arguments = {"num_heads": num_heads, "mode": mode, "q_scale": q_scale, "k_scale": k_scale, "rope": rope}
+    arguments |= {"norm_before_rope": norm_before_rope, "kv_mask": kv_mask}
+    if fused is not None:
+        return fused.stdit_attention(qkv_btsc, **arguments)
+    return composed(qkv_btsc, implementation=implementation, **arguments)
+
+
+def _fused(call: Call, implementation: str | None) -> ModuleType | None:
+    """The fused back end to use, or None when the call goes through `attention` (which has its own choice)."""
+    if implementation is not None:
+        if implementation not in FUSED:
+            return None
+        return FUSED[dispatch.choose(call, FUSED, PREFERENCE, implementation)]
+    order = PREFERENCE.get(spec.platform(), ())
+    if not order:
+        return None
+    name = dispatch.choose(call, FUSED | {COMPOSED: _Anything}, {spec.platform(): (*order, COMPOSED)}, None)
+    return FUSED.get(name)
+
+
+def composed(qkv_btsc, *, num_heads, mode, q_scale, k_scale, rope, norm_before_rope, kv_mask=None, implementation=None):
+    """The same through XLA's split, norm and rotation and one of `attention`'s back ends."""
+    b, t, s, c3 = qkv_btsc.shape
+    qkv = qkv_btsc.reshape(b, t, s, 3, num_heads, -1)
+    if mode == "temporal":
+        qkv = qkv.swapaxes(1, 2)
+    outer, row = qkv.shape[1:3]
+    qkv = qkv.reshape(b * outer, row, 3, num_heads, -1)
+    q = xla.prepare(qkv[:, :, 0], q_scale, rope, norm_before_rope)
+    k = xla.prepare(qkv[:, :, 1], k_scale, rope, norm_before_rope)
+    mask = None if kv_mask is None else jnp.repeat(kv_mask, outer, axis=0)
+    out = dispatch.attention(q, k, qkv[:, :, 2], kv_mask=mask, implementation=implementation)
+    out = out.reshape(b, outer, row, c3 // 3)
+    return out.swapaxes(1, 2) if mode == "temporal" else out

@@ -1,0 +1,101 @@
+"""The public function against float64: every optional input, chunking, gradients, the choice of a back end."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opensora_jax.kernels import attention as dispatch
+from opensora_jax.kernels import xla
+from opensora_jax.kernels.attention import attention
+from opensora_jax.kernels.spec import Unsupported
+from tests.kernels.reference import attention64
+
+B, T, S, N, H = 2, 10, 7, 3, 8
+
+
+def draw(seed=0, dtype=jnp.float32, shape=(B, T, S, N, H)):
+    b, t, s, n, h = shape
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return tuple(jax.random.normal(key, (b, length, n, h)).astype(dtype) for key, length in zip(keys, (t, s, s)))
+
+
+OPTIONS = {
+    "plain": {},
+    "scale": {"scale": 0.3},
+    "lengths": {"kv_lengths": np.array([0, 5])},
+    "mask": {"kv_mask": np.arange(B * S).reshape(B, S) % 3 != 0},
+    "segments": {"segment_ids": (np.arange(B * T).reshape(B, T) % 4, np.arange(B * S).reshape(B, S) % 3)},
+    "bias": {"bias": np.random.default_rng(0).normal(size=(1, N, T, S)).astype(np.float32)},
+    "bias row": {"bias": np.random.default_rng(0).normal(size=(B, 1, 1, S)).astype(np.float32)},
+    "causal": {"causal": True},
+    "lengths and mask and bias": {
+        "kv_lengths": np.array([3, 7]),
+        "kv_mask": np.arange(B * S).reshape(B, S) % 2 == 0,
+        "bias": np.random.default_rng(1).normal(size=(B, N, T, S)).astype(np.float32),
+        "causal": True,
+    },
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_reference_matches_float64(name, chunked, monkeypatch):
+    if chunked:
+        monkeypatch.setattr(xla, "MAX_SCORE_BYTES", 4 * B * N * S * 4)  # four queries at once: 10 = 4 + 4 + 2
+    q, k, v = draw()
+    out = attention(q, k, v, implementation="xla", **OPTIONS[name])
+    np.testing.assert_allclose(out, attention64(q, k, v, **OPTIONS[name]), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["lengths", "lengths and mask and bias"])
+def test_chunked_gradients_match_whole(name, monkeypatch):
+    q, k, v = draw(1)
+    target = jax.random.normal(jax.random.key(9), q.shape)
+    loss = lambda q, k, v: (attention(q, k, v, implementation="xla", **OPTIONS[name]) * target).sum()
+    whole = jax.grad(loss, (0, 1, 2))(q, k, v)
+    monkeypatch.setattr(xla, "MAX_SCORE_BYTES", 4 * B * N * S * 3)
+    chunks = jax.grad(loss, (0, 1, 2))(q, k, v)
+    for a, b in zip(whole, chunks):
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
+
+
+def test_long_sequences_do_not_hold_all_scores():
+    shape = jax.ShapeDtypeStruct((1, 16384, 2, 8), jnp.float32)
+    compiled = jax.jit(lambda q, k, v: attention(q, k, v, implementation="xla")).lower(shape, shape, shape).compile()
+    whole = 4 * 2 * 16384**2
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * whole
+
+
+def test_hidden_rows_give_zeros_and_no_nan_gradients():
+    q, k, v = draw()
+    lengths = jnp.zeros(B, jnp.int32)
+    run = lambda q, k, v: attention(q, k, v, kv_lengths=lengths, implementation="xla").sum()
+    assert not attention(q, k, v, kv_lengths=lengths, implementation="xla").any()
+    assert all(np.isfinite(g).all() for g in jax.grad(run, (0, 1, 2))(q, k, v))
+
+
+def test_choice_is_logged_once_a_shape(caplog):
+    dispatch._first_that_serves.cache_clear()
+    q, k, v = draw()
+    with caplog.at_level(logging.INFO, logger="opensora_jax.kernels"):
+        attention(q, k, v)
+        attention(q, k, v)
+        attention(q[:, :5], k, v)
+    assert len(caplog.records) == 2
+    assert f"attention {B}x{T}x{S} h{N} d{H} float32 on cpu: xla" in caplog.text
+
+
+def test_unknown_back_end_and_bad_shapes_are_refused():
+    q, k, v = draw()
+    with pytest.raises(Unsupported, match="no back end is called 'magic'"):
+        attention(q, k, v, implementation="magic")
+    with pytest.raises(ValueError, match="do not fit"):
+        attention(q, k[:, :3], v)
+    with pytest.raises(ValueError, match="kv_lengths has shape"):
+        attention(q, k, v, kv_lengths=jnp.ones(B + 1, jnp.int32))
+    with pytest.raises(ValueError, match="does not broadcast"):
+        attention(q, k, v, bias=jnp.zeros((1, N, T, S + 1)))
