@@ -55,9 +55,9 @@ class LabelEmbedder(nnx.Module):
 class CaptionEmbedder(nnx.Module):
     """Text features [B, L, D] → width. `null` is the learned stand-in for no caption; it is loaded, never trained."""
 
-    def __init__(self, text_dim, features, tokens, *, dtype, param_dtype, rngs):
+    def __init__(self, text_dim, features, tokens, *, init=None, dtype, param_dtype, rngs):
         self.y_proj = MLP(
-            text_dim, features, features, init=normal(0.02), dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            text_dim, features, features, init=init or normal(0.02), dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
         self.null = Buffer(jax.random.normal(rngs.params(), (tokens, text_dim), param_dtype) / math.sqrt(text_dim))
 

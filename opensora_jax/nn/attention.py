@@ -1,0 +1,71 @@
+"""Attention modules of the STDiT family: fused-qkv self-attention and text cross-attention.
+
+The mathematics is in kernels/; here are the projections, the q/k norms and the parameter names.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+
+from opensora_jax.kernels.attention import attention
+from opensora_jax.kernels.stdit import stdit_attention
+from opensora_jax.nn.linear import Linear, xavier
+from opensora_jax.nn.norms import RMSNorm
+
+
+class SelfAttention(nnx.Module):
+    """qkv projection [3, heads, head_dim], optional RMS q/k norm, attention, projection.
+
+    `frames` attends within each frame (spatial), `space` along time at each position (temporal), over [B, T, S, C].
+    """
+
+    def __init__(
+        self,
+        features,
+        heads,
+        *,
+        qkv_bias=True,
+        qk_norm=False,
+        norm_before_rope=True,
+        init_out=None,
+        dtype,
+        param_dtype,
+        rngs,
+    ):
+        if features % heads:
+            raise ValueError(f"hidden size {features} does not split into {heads} heads")
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.heads, self.norm_before_rope = heads, norm_before_rope
+        self.qkv = Linear(features, 3 * features, ("embed", "heads"), bias=qkv_bias, **kwargs)
+        self.proj = Linear(features, features, ("heads", "embed"), init=init_out or xavier, **kwargs)
+        self.q_norm = RMSNorm(features // heads, param_dtype=param_dtype) if qk_norm else None
+        self.k_norm = RMSNorm(features // heads, param_dtype=param_dtype) if qk_norm else None
+
+    def __call__(self, x_btsc, *, mode: str, rope=None):
+        out = stdit_attention(
+            self.qkv(x_btsc),
+            num_heads=self.heads,
+            mode=mode,
+            q_scale=None if self.q_norm is None else self.q_norm.scale[...],
+            k_scale=None if self.k_norm is None else self.k_norm.scale[...],
+            rope=rope,
+            norm_before_rope=self.norm_before_rope,
+        )
+        return self.proj(out)
+
+
+class CrossAttention(nnx.Module):
+    """Queries from video [B, N, C], keys and values from text [B, L, C]; text_mask [B, L], 1 = keep."""
+
+    def __init__(self, features, heads, *, init_out=None, dtype, param_dtype, rngs):
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.heads = heads
+        self.q_linear = Linear(features, features, ("embed", "heads"), **kwargs)
+        self.kv_linear = Linear(features, 2 * features, ("embed", "heads"), **kwargs)
+        self.proj = Linear(features, features, ("heads", "embed"), init=init_out or xavier, **kwargs)
+
+    def __call__(self, x, y, text_mask=None):
+        split = lambda a: a.reshape(*a.shape[:-1], self.heads, -1)
+        q = split(self.q_linear(x))
+        k, v = (split(part) for part in jnp.split(self.kv_linear(y), 2, axis=-1))
+        out = attention(q, k, v, kv_mask=None if text_mask is None else text_mask.astype(bool))
+        return self.proj(out.reshape(x.shape))

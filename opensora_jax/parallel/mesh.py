@@ -1,0 +1,57 @@
+"""The device mesh: `data fsdp context tensor`, led by `slice` when several pods are joined over the data-centre network."""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from opensora_jax.common.errors import UserError
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
+    slice: int = 1
+    rules: str = "fsdp"
+
+
+def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    sizes = {axis: getattr(config, axis) for axis in ("slice", "data", "fsdp", "context", "tensor")}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    if len(free) > 1:
+        raise UserError(f"mesh: only one axis may be -1, but {' and '.join(free)} are")
+    if free:
+        if devices % fixed:
+            raise UserError(
+                f"mesh: {devices} devices cannot be divided by {fixed} ({_describe(sizes)}); change config.mesh"
+            )
+        sizes[free[0]] = devices // fixed
+    elif fixed != devices:
+        raise UserError(f"mesh: {_describe(sizes)} needs {fixed} devices, but {devices} are here; set one axis to -1")
+    if sizes["slice"] == 1:
+        del sizes["slice"]
+    return sizes
+
+
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+    devices = jax.devices() if devices is None else devices
+    sizes = axis_sizes(config, len(devices))
+    kinds = (AxisType.Auto,) * len(sizes)
+    if "slice" in sizes:
+        from jax.experimental import mesh_utils
+
+        inner = tuple(size for axis, size in sizes.items() if axis != "slice")
+        grid = mesh_utils.create_hybrid_device_mesh((1, *inner), (sizes["slice"], *[1] * len(inner)), devices)
+        return Mesh(grid, tuple(sizes), axis_types=kinds)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
+
+
+def _describe(sizes) -> str:
+    return " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "data=1"

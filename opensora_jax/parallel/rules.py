@@ -1,0 +1,48 @@
+"""Logical axes and where each rule preset puts them on the mesh.
+
+Parameters and activations carry logical names; a preset maps a name to mesh axes. An axis that does not divide is
+replicated, so every model builds on every mesh. Adding a preset is adding a row here.
+"""
+
+from collections.abc import Mapping
+
+from jax.sharding import PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "context", "tensor")  # "slice" leads when several pods are joined
+
+# The closed vocabulary. Parameters: how weights are cut. Activations: how a batch of video is cut.
+PARAMETER_AXES = ("layers", "embed", "heads", "mlp", "vocab", "conv_in", "conv_out")
+ACTIVATION_AXES = ("batch", "frames", "space", "tokens")
+
+Rules = Mapping[str, tuple[str, ...]]
+
+_BATCH = {"batch": ("slice", "data", "fsdp")}
+_FSDP = {"embed": ("fsdp",), "conv_out": ("fsdp",)}
+_TENSOR = {"heads": ("tensor",), "mlp": ("tensor",), "vocab": ("tensor",)}
+_CONTEXT = {"frames": ("context",), "space": ("context",), "tokens": ("context",)}
+
+PRESETS: dict[str, Rules] = {
+    "dp": _BATCH,
+    "fsdp": _BATCH | _FSDP,
+    "fsdp_tp": _BATCH | _FSDP | _TENSOR,
+    "fsdp_context": _BATCH | _CONTEXT | {"embed": ("fsdp", "context"), "conv_out": ("fsdp", "context")},
+    "full": _BATCH | _TENSOR | _CONTEXT | {"embed": ("fsdp", "context"), "conv_out": ("fsdp", "context")},
+}
+
+
+def spec(names: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules, axis_sizes: Mapping[str, int]):
+    """The PartitionSpec of an array: mesh axes absent from the mesh, used twice or not dividing are left out."""
+    used: set[str] = set()
+    entries = []
+    for name, size in zip(names, shape):
+        chosen: list[str] = []
+        for axis in rules.get(name, ()) if name else ():
+            width = axis_sizes.get(axis, 1)
+            if width > 1 and axis not in used and size % width == 0:
+                chosen.append(axis)
+                used.add(axis)
+                size //= width
+        entries.append(tuple(chosen) if len(chosen) > 1 else chosen[0] if chosen else None)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)

@@ -1,0 +1,73 @@
+"""From logical axes to shardings: for parameters, batches and activations.
+
+with use(mesh, "fsdp"):
+    params = jax.jit(net.init, out_shardings=shardings(net.abstract, net.axes))(key)
+    x = constrain(x, "batch", "frames", "space", None)       # inside a model; does nothing without a mesh
+"""
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from opensora_jax.common.errors import UserError
+from opensora_jax.parallel import rules as rules_
+
+_current: ContextVar["Layout | None"] = ContextVar("layout", default=None)
+
+
+@dataclass(frozen=True)
+class Layout:
+    mesh: Mesh
+    rules: rules_.Rules
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dict(self.mesh.shape)
+
+    def sharding(self, names, shape) -> NamedSharding:
+        return NamedSharding(self.mesh, rules_.spec(names, shape, self.rules, self.sizes))
+
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def axes_of(self, name: str) -> tuple[str, ...]:
+        """Mesh axes wider than one that carry a logical axis."""
+        return tuple(axis for axis in self.rules.get(name, ()) if self.sizes.get(axis, 1) > 1)
+
+
+def layout(mesh: Mesh, preset: str) -> Layout:
+    if preset not in rules_.PRESETS:
+        raise UserError(f"mesh.rules={preset!r} is unknown; choose one of {', '.join(rules_.PRESETS)}")
+    return Layout(mesh, rules_.PRESETS[preset])
+
+
+def current() -> Layout | None:
+    return _current.get()
+
+
+@contextmanager
+def use(where: Layout):
+    token = _current.set(where)
+    try:
+        with jax.set_mesh(where.mesh):
+            yield where
+    finally:
+        _current.reset(token)
+
+
+def shardings(abstract, axes, where: Layout | None = None):
+    """A tree of NamedShardings for a tree of abstract arrays and their logical axes."""
+    where = where or current()
+    assert where is not None, "shardings need a layout"
+    return jax.tree.map(lambda leaf, names: where.sharding(names, leaf.shape), abstract, axes)
+
+
+def constrain(x, *names: str | None):
+    """Pins an activation; outside a layout (a laptop, a converter) it is the identity."""
+    where = current()
+    if where is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, where.sharding(names, x.shape))

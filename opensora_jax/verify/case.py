@@ -1,0 +1,119 @@
+"""One recorded case: its description, tensors, and the network that its weights make."""
+
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import load_file
+
+from opensora_jax.common.errors import UserError
+from opensora_jax.nn.params import Network, Params
+from opensora_jax.weights import engine
+
+REQUIRED = ("case", "family", "config", "runs", "outputs")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How a family of cases is replayed; `stem` is the house's name of the part that it exercises."""
+
+    stem: str
+    replay: Callable[["Case", str], Mapping[str, Any]] | None = None
+    tables: Callable[["Case"], Iterator[tuple[str, Any, Any]]] | None = None
+
+
+class Case:
+    def __init__(self, folder: Path):
+        self.folder = folder
+        path = folder / "case.json"
+        try:
+            self.description = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is not a readable case: {error}") from None
+        missing = [key for key in REQUIRED if key not in self.description]
+        if missing:
+            raise UserError(f"{path} lacks {', '.join(missing)}; the schema is in docs/convert.md")
+        self.name: str = self.description["case"]
+        self.family: str = self.description["family"]
+        self.config: dict = self.description["config"]
+        self.runs: dict = self.description["runs"]
+        self.data: dict = self.description.get("data") or {}
+
+    def _tensors(self, name: str) -> dict[str, np.ndarray]:
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            return {}
+        try:
+            return load_file(path)
+        except Exception as error:
+            raise UserError(f"{path} is not a readable safetensors file: {error}") from None
+
+    @cached_property
+    def weights(self) -> dict[str, np.ndarray]:
+        return self._tensors("weights")
+
+    @cached_property
+    def inputs(self) -> dict[str, np.ndarray]:
+        return self._tensors("inputs")
+
+    @cached_property
+    def outputs(self) -> dict[str, np.ndarray]:
+        return self._tensors("outputs")
+
+    def args(self, run: str) -> dict:
+        """Non-tensor arguments of a run."""
+        return self.runs[run].get("args") or {}
+
+    def tensors(self, run: str) -> dict[str, np.ndarray]:
+        """Inputs of a run: its own, and those shared by all runs."""
+        shared = {name: value for name, value in self.inputs.items() if "/" not in name}
+        own = {name.split("/", 1)[1]: value for name, value in self.inputs.items() if name.startswith(run + "/")}
+        return shared | own
+
+    def recorded(self, run: str) -> dict[str, str]:
+        """Short output name → name in the file, for one run."""
+        shared = {name: name for name in self.outputs if "/" not in name}
+        return shared | {name.split("/", 1)[1]: name for name in self.outputs if name.startswith(run + "/")}
+
+    def tolerance(self, output: str) -> dict | None:
+        return self.description["outputs"].get(output, {}).get("tolerance")
+
+    def load(
+        self, room: str, stem: str, *, config: dict | None = None, prefix: str = "", **overrides
+    ) -> tuple[Network, Params, Any]:
+        """Builds `opensora_jax.<room>.<stem>` for the case's weights, as convert would. Returns network, params, Config."""
+        weights = {name[len(prefix) :]: value for name, value in self.weights.items() if name.startswith(prefix)}
+        key = (room, stem, prefix, json.dumps([config, overrides], sort_keys=True, default=str))
+        cache = self.__dict__.setdefault("_loaded", {})
+        if key not in cache:
+            cache[key] = load_network(room, stem, weights, self.config if config is None else config, **overrides)
+        return cache[key]
+
+
+def load_network(room: str, stem: str, weights: Mapping[str, np.ndarray], config: dict, **overrides):
+    """A network and its parameters from reference tensors in memory."""
+    model = importlib.import_module(f"opensora_jax.{room}.{stem}")
+    table = importlib.import_module(f"opensora_jax.weights.{stem}")
+    shapes = {name: value.shape for name, value in weights.items()}
+    cfg = model.Config(**(table.config_from(shapes, config) | overrides))
+    network = Network.of(lambda rngs: model.build(cfg, rngs=rngs))
+    wanted = {path: leaf.shape for path, leaf in engine.flatten(network.abstract).items()}
+    plan = engine.plan(shapes, wanted, table.RULES)
+    params = engine.unflatten({path: jax.numpy.asarray(a) for path, a in plan.arrays(weights.__getitem__)})
+    return network, params, cfg
+
+
+def channels_last(x):
+    """[B, C, ...] → [B, ..., C]."""
+    return None if x is None else np.moveaxis(np.asarray(x), 1, -1)
+
+
+def channels_first(x):
+    """[B, ..., C] → [B, C, ...]."""
+    return np.moveaxis(np.asarray(x), -1, 1)
