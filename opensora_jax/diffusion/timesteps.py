@@ -68,7 +68,7 @@ class PixelShift:
 
 @dataclass(frozen=True)
 class TokenShift:
-    """Open-Sora 2.0: a = lin(tokens of a latent frame) · sqrt(latent frames), lin through (256, 1) and (4096, 3), unclamped.
+    """Open-Sora 2.0: a = lin(tokens of a frame) · sqrt(latent frames), lin through (256, 1), (4096, 3), unclamped.
 
     `tokens_per_patch`: latent pixels of a token. Training counts 4 for every network; sampling the network's own
     patch area, which is 1 for the DC-AE one. `alpha` (flow_shift of the configs) replaces the formula.

@@ -9,7 +9,9 @@
 
 `predict(x, t, **extra)` is the guided network; with a mask it also receives `x_mask` [B, T].
 `mask` [B, T] in [0, 1]: 1 a frame to generate, 0 one to keep exactly, between: noised to that level and redrawn from
-there (SDEdit). Quirk kept: a shift that rounds the first time to 1000.0001 leaves mask == 1 frames out of step 0.
+there (SDEdit). `reference` (latents, [B, T] mask): at every step these frames are set to the reference, noised to the
+step's level (1.3 use_sdedit). Quirk kept: a shift that rounds the first time to 1000.0001 leaves frames with mask == 1
+out of step 0.
 """
 
 from collections.abc import Callable
@@ -30,6 +32,7 @@ class State(NamedTuple):
     key: jax.Array | None
     mask: jax.Array | None  # [B, T] float
     noised: jax.Array | None  # [B, T] bool: frames that have joined the flow
+    reference: tuple[jax.Array, jax.Array] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,26 +55,29 @@ class Euler:
             discrete=self.discrete,
         )
 
-    def init(self, latents, *, key=None, mask=None) -> State:
-        """latents: noise, with the reference frames in place where mask < 1; key: only needed with a mask."""
-        return State(latents, key, mask, None if mask is None else mask == 1)
+    def init(self, latents, *, key=None, mask=None, reference=None) -> State:
+        """latents: noise, with the reference frames in place where mask < 1; key: for frames that join later."""
+        return State(latents, key, mask, None if mask is None else mask == 1, reference)
 
     def step(self, predict: Callable, state: State, i, times, *, noise=None) -> State:
         """One step; `noise` replaces the draw with which masked frames join."""
         t, t_next = jnp.asarray(times)[i], jnp.asarray(times)[i + 1]
         x, key, extra = state.latents, state.key, {}
         before, active = x, None
+        if noise is None and (state.mask is not None or state.reference is not None):
+            key, sub = jax.random.split(key)
+            noise = jax.random.normal(sub, x.shape, x.dtype)
         if state.mask is not None:
-            if noise is None:
-                key, sub = jax.random.split(key)
-                noise = jax.random.normal(sub, x.shape, x.dtype)
             active = state.mask * self.num_timesteps >= t[:, None]
             joining = active & ~state.noised
             x = jnp.where(over_frames(joining, x), add_noise(x, noise, t, self.num_timesteps).astype(x.dtype), x)
             extra["x_mask"] = active
+        if state.reference is not None:
+            held = add_noise(state.reference[0], noise, t, self.num_timesteps).astype(x.dtype)
+            x = jnp.where(over_frames(state.reference[1], x) == 1, held, x)
         velocity = predict(x, t, **extra)[..., : x.shape[-1]]
         dt = (t - t_next) / self.num_timesteps * (1 if self.toward_data else -1)
         x = (x + velocity * dt.reshape((-1,) + (1,) * (x.ndim - 1))).astype(x.dtype)
         if active is not None:
             x = jnp.where(over_frames(active, x), x, before)
-        return State(x, key, state.mask, active)
+        return State(x, key, state.mask, active, state.reference)

@@ -23,7 +23,7 @@ def batch():
     }
 
 
-def network(x, t, *, text_emb, x_mask=None, **sizes):
+def network(x, t, *, text_emb, x_mask=None, drop_text=None, drop_vec=None, **sizes):
     """A velocity that depends on everything it is given, followed by sigma channels that must be ignored."""
     assert set(sizes) == {"height", "width", "num_frames"}
     v = 0.3 * x + (t / 1000).reshape(-1, 1, 1, 1, 1) + text_emb.mean((1, 2)).reshape(-1, 1, 1, 1, 1)

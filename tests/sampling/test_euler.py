@@ -7,7 +7,7 @@ import pytest
 
 from opensora_jax.diffusion.timesteps import PixelShift
 from opensora_jax.sampling.euler import Euler
-from opensora_jax.sampling.guidance import ClassifierFree, stack
+from opensora_jax.sampling.guidance import Guidance, stack
 
 SHAPE = (2, 3, 2, 2, 4)
 
@@ -108,10 +108,10 @@ def test_guidance_mixes_two_branches_of_one_call(draws):
 
     z, t, x_mask = draws[0], jnp.full(2, 500.0), jnp.ones((2, 3), bool)
     conditions = {"text_emb": jnp.full((2, 1, 1), 3.0), "size": 3}, {"text_emb": jnp.zeros((2, 1, 1)), "size": 3}
-    out = ClassifierFree(7.0)(model_fn, conditions, z, t, x_mask=x_mask)
+    out = Guidance(7.0)(model_fn, conditions, z, t, x_mask=x_mask)
     assert calls == [(4, 3, 2, 2, 4)] and stack(conditions)["text_emb"].shape == (4, 1, 1)
     np.testing.assert_allclose(out[..., :4], z + 21.0, rtol=1e-6)
     np.testing.assert_allclose(out[..., 4:], 2 * (z + 3.0), rtol=1e-6)
-    partial = ClassifierFree(7.0, channels=3)(model_fn, conditions, z, t, x_mask=x_mask)
+    partial = Guidance(7.0, channels=3)(model_fn, conditions, z, t, x_mask=x_mask)
     np.testing.assert_allclose(partial[..., :3], z[..., :3] + 21.0, rtol=1e-6)
     np.testing.assert_allclose(partial[..., 3], z[..., 3] + 3.0, rtol=1e-6)
