@@ -1,0 +1,47 @@
+"""The two blocks that every convolutional autoencoder of this family is made of, over [B, *space, C]."""
+
+import math
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+from opensora_jax.kernels.attention import attention
+from opensora_jax.nn.linear import Linear
+from opensora_jax.nn.norms import GroupNorm
+
+
+class ResnetBlock(nnx.Module):
+    """norm, activation, convolution, twice; the input is added, through a 1-wide convolution when channels change.
+
+    conv(inputs, outputs, kernel_size) makes a convolution of the family's kind that keeps the size."""
+
+    def __init__(self, inputs, outputs, conv: Callable, *, groups=32, eps=1e-6, act=jax.nn.silu, param_dtype="float32"):
+        self.act = act
+        self.norm1 = GroupNorm(inputs, groups=groups, eps=eps, param_dtype=param_dtype)
+        self.conv1 = conv(inputs, outputs, 3)
+        self.norm2 = GroupNorm(outputs, groups=groups, eps=eps, param_dtype=param_dtype)
+        self.conv2 = conv(outputs, outputs, 3)
+        self.shortcut = conv(inputs, outputs, 1) if inputs != outputs else None
+
+    def __call__(self, x):
+        h = self.conv1(self.act(self.norm1(x)))
+        h = self.conv2(self.act(self.norm2(h)))
+        return (x if self.shortcut is None else self.shortcut(x)) + h
+
+
+class AttentionBlock(nnx.Module):
+    """Single-head self-attention over all positions, in row-major order. The published 1-wide convolutions are
+    the linear maps that they are."""
+
+    def __init__(self, features, *, groups=32, eps=1e-6, dtype, param_dtype, rngs):
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.norm = GroupNorm(features, groups=groups, eps=eps, param_dtype=param_dtype)
+        self.q, self.k, self.v, self.proj = (Linear(features, features, **kwargs) for _ in range(4))
+
+    def __call__(self, x, **masking):
+        """masking: what kernels.attention takes, e.g. causal=True."""
+        batch, *space, features = x.shape
+        h = self.norm(x).reshape(batch, math.prod(space), features)
+        q, k, v = (project(h)[:, :, None] for project in (self.q, self.k, self.v))
+        return x + self.proj(attention(q, k, v, **masking)[:, :, 0]).reshape(x.shape)
