@@ -64,7 +64,9 @@ class CaptionEmbedder(nnx.Module):
     def __call__(self, y, drop=None):
         """drop [B] bool replaces whole captions before projection; the mask stays that of the caption (as trained)."""
         if drop is not None:
-            y = jnp.where(drop[:, None, None], self.null[...].astype(y.dtype)[: y.shape[1]], y)
+            null = self.null[...].astype(y.dtype)
+            null = null[jnp.arange(y.shape[-2]) % null.shape[0]]  # Open-Sora-Plan's has 120 rows for 300 tokens
+            y = jnp.where(drop.reshape(-1, *[1] * (y.ndim - 1)), null, y)
         return self.y_proj(y)
 
 
