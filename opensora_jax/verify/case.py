@@ -82,7 +82,9 @@ class Case:
         return shared | {name.split("/", 1)[1]: name for name in self.outputs if name.startswith(run + "/")}
 
     def tolerance(self, output: str) -> dict | None:
-        return self.description["outputs"].get(output, {}).get("tolerance")
+        """Bounds of an output; None where it must be exact (some recordings say so in a word)."""
+        tolerance = self.description["outputs"].get(output, {}).get("tolerance")
+        return tolerance if isinstance(tolerance, dict) else None
 
     def load(
         self, room: str, stem: str, *, config: dict | None = None, prefix: str = "", **overrides
