@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from opensora_jax.nn.params import Buffer
+
 
 class LayerNorm(nnx.Module):
     """Over the last axis; `affine=False` in adaLN blocks, where scale and shift come from the timestep."""
@@ -53,6 +55,37 @@ class GroupNorm(nnx.Module):
         variance = jnp.square(grouped - mean).mean(over, keepdims=True)
         y = ((grouped - mean) * jax.lax.rsqrt(variance + self.eps)).reshape(x.shape)
         return _affine(y, self.scale, self.bias).astype(x.dtype)
+
+
+class BatchNorm(nnx.Module):
+    """[B, *space, C] by running statistics; with `train`, by those of the batch, and the running ones of this module
+    (a copy, local to the traced call) move on: collect them with `running_statistics` before it goes."""
+
+    def __init__(self, features: int, *, eps: float = 1e-5, momentum: float = 0.1, param_dtype="float32"):
+        self.eps, self.momentum = eps, momentum
+        self.scale = nnx.Param(jnp.ones(features, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(features, param_dtype))
+        self.mean = Buffer(jnp.zeros(features, param_dtype))
+        self.var = Buffer(jnp.ones(features, param_dtype))
+
+    def __call__(self, x, *, train: bool = False):
+        x32 = x.astype(jnp.float32)
+        mean, variance = self.mean[...], self.var[...]
+        if train:
+            over = range(x.ndim - 1)
+            mean = x32.mean(over)
+            variance = jnp.square(x32 - mean).mean(over)
+            count = x.size // x.shape[-1]
+            unbiased = variance * (count / max(count - 1, 1))
+            for running, now in ((self.mean, mean), (self.var, unbiased)):
+                running[...] = (1 - self.momentum) * running[...] + self.momentum * jax.lax.stop_gradient(now)
+        y = (x32 - mean) * jax.lax.rsqrt(variance + self.eps)
+        return _affine(y, self.scale, self.bias).astype(x.dtype)
+
+
+def running_statistics(module: nnx.Module) -> dict:
+    """All buffers of a module, nested like its parameters, to be merged into them after a training step."""
+    return nnx.to_pure_dict(nnx.state(module, Buffer))
 
 
 def _affine(y, scale, bias):
