@@ -12,15 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from opensora_jax.common.shapes import LatentShape
-from opensora_jax.nn.attention import CrossAttention, SelfAttention
+from opensora_jax.nn.attention import SelfAttention
+from opensora_jax.nn.blocks import STREAM, TextBlock
 from opensora_jax.nn.embeddings import CaptionEmbedder, PatchEmbed3D, SizeEmbedder, TimestepEmbedder, unpatchify
 from opensora_jax.nn.final_layer import T2IFinalLayer
 from opensora_jax.nn.linear import Linear, normal, xavier, zeros
-from opensora_jax.nn.mlp import MLP
-from opensora_jax.nn.modulate import by_frame, modulate, table_rows
-from opensora_jax.nn.norms import LayerNorm
+from opensora_jax.nn.modulate import by_frame, drop_path
 from opensora_jax.nn.params import Fixed
-from opensora_jax.nn.positions import rope_frequencies, rope_table, sincos_2d
+from opensora_jax.nn.positions import grid_sincos, resolution_scale, rope_frequencies, rope_table
 from opensora_jax.nn.stack import run_stack, stack
 from opensora_jax.nn.taps import tap
 from opensora_jax.parallel.shard import constrain
@@ -79,37 +78,14 @@ def inputs(cfg: Config, shape: LatentShape) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-class Block(nnx.Module):
-    """Attention (spatial or temporal), cross-attention, MLP, gated by the timestep."""
-
-    def __init__(self, cfg: Config, mode: str, *, rngs: nnx.Rngs):
-        self.mode = mode
-        kwargs = dict(dtype=cfg.dtype, param_dtype=cfg.param_dtype, rngs=rngs)
-        width = cfg.hidden_size
-        out = zeros if mode == "temporal" else None  # temporal layers begin as the identity
-        self.attn = SelfAttention(
-            width, cfg.num_heads, qk_norm=cfg.qk_norm, norm_before_rope=not cfg.qk_norm_legacy, init_out=out, **kwargs
-        )
-        self.cross_attn = CrossAttention(width, cfg.num_heads, init_out=out, **kwargs)
-        self.mlp = MLP(width, int(width * cfg.mlp_ratio), init_out=out, **kwargs)
-        self.norm1 = LayerNorm(width, affine=False)
-        self.norm2 = LayerNorm(width, affine=False)
-        self.scale_shift_table = nnx.Param(jax.random.normal(rngs.params(), (6, width), cfg.param_dtype) / width**0.5)
-
-    def __call__(self, x, text, text_mask, modulation, rope, keep):
-        """x [B, T, S, C]; modulation [B, 1 or T, 6C]; keep: drop-path factors [2, B] or None."""
-        rows = table_rows(self.scale_shift_table[...], modulation)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = rows
-        axes = ("batch", "frames", None, None) if self.mode == "spatial" else ("batch", None, "space", None)
-
-        h = constrain(modulate(self.norm1(x), shift_msa, scale_msa), *axes)
-        h = self.attn(h, mode=self.mode, rope=rope if self.mode == "temporal" else None)
-        x = x + _gated(constrain(h, "batch", "frames", "space", None), gate_msa, keep, 0)
-
-        flat = x.reshape(x.shape[0], -1, x.shape[-1])
-        x = x + self.cross_attn(flat, text, text_mask).reshape(x.shape)
-        h = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
-        return constrain(x + _gated(h, gate_mlp, keep, 1), "batch", "frames", "space", None)
+def block(cfg: Config, mode: str, rngs: nnx.Rngs) -> TextBlock:
+    kwargs = dict(dtype=cfg.dtype, param_dtype=cfg.param_dtype, rngs=rngs)
+    width, heads = cfg.hidden_size, cfg.num_heads
+    out = zeros if mode == "temporal" else None  # temporal layers begin as the identity
+    attn = SelfAttention(
+        width, heads, qk_norm=cfg.qk_norm, norm_before_rope=not cfg.qk_norm_legacy, init_out=out, **kwargs
+    )
+    return TextBlock(attn, width, heads, cfg.mlp_ratio, init_cross=out, init_mlp=out, **kwargs)
 
 
 class STDiT3(nnx.Module):
@@ -122,8 +98,8 @@ class STDiT3(nnx.Module):
         self.fps_embedder = SizeEmbedder(width, init=normal(0.02), init_out=zeros, **kwargs)
         self.t_block = Linear(width, 6 * width, ("embed", None), **kwargs)
         self.y_embedder = CaptionEmbedder(cfg.caption_channels, width, cfg.model_max_length, init=xavier, **kwargs)
-        self.spatial_blocks = stack(lambda r: Block(cfg, "spatial", rngs=r), cfg.depth, rngs=rngs)
-        self.temporal_blocks = stack(lambda r: Block(cfg, "temporal", rngs=r), cfg.depth, rngs=rngs)
+        self.spatial_blocks = stack(lambda r: block(cfg, "spatial", r), cfg.depth, rngs=rngs)
+        self.temporal_blocks = stack(lambda r: block(cfg, "temporal", r), cfg.depth, rngs=rngs)
         self.rope_freqs = Fixed(jnp.asarray(rope_frequencies(width // cfg.num_heads), cfg.param_dtype))
         patch_volume = math.prod(cfg.patch_size)
         self.final_layer = T2IFinalLayer(width, patch_volume * cfg.out_channels, **kwargs)
@@ -134,10 +110,12 @@ class STDiT3(nnx.Module):
         cfg = self.cfg
         frames, rows, columns = x.shape[1:4]
         tokens = self.x_embedder(x.astype(cfg.dtype))  # [B, T, H', W', C]
-        tokens = tokens + self._positions(tokens.shape[2:4], height, width).astype(cfg.dtype)
-        batch, _, grid_h, grid_w, _ = tokens.shape
+        batch, _, grid_h, grid_w, dim = tokens.shape
+        scale = resolution_scale(height, width, cfg.input_sq_size)
+        base = round((grid_h * grid_w) ** 0.5)
+        tokens = tokens + grid_sincos((grid_h, grid_w), dim, scale=scale, base=base).astype(cfg.dtype)
         tokens = tokens.reshape(batch, tokens.shape[1], grid_h * grid_w, -1)
-        tokens = tap("tokens", constrain(tokens, "batch", "frames", "space", None))
+        tokens = tap("tokens", constrain(tokens, *STREAM))
 
         fps = tap("fps_emb", self.fps_embedder(fps))
         t_vec = tap("t_emb", self.t_embedder(t)) + fps
@@ -145,40 +123,23 @@ class STDiT3(nnx.Module):
         modulation = by_frame(
             tap("t_block_out", self.t_block(jax.nn.silu(t_vec))), self.t_block(jax.nn.silu(condition_vec)), x_mask
         )
-        text = y.astype(cfg.dtype) if cfg.skip_y_embedder else self.y_embedder(y.astype(cfg.dtype), drop_text)
-        text = tap("y_emb", text)
+        embedded = y.astype(cfg.dtype) if cfg.skip_y_embedder else self.y_embedder(y.astype(cfg.dtype), drop_text)
+        text = {"y": tap("y_emb", embedded), "text_mask": text_mask}
 
         rope = rope_table(jnp.arange(tokens.shape[1]), self.rope_freqs[...])
+        spatially = lambda attn, h: attn(h, mode="spatial")
+        temporally = lambda attn, h: attn(h, mode="temporal", rope=rope)
 
         def pair(h, layers):
             spatial, temporal, keep = layers
-            h = tap("spatial_out", spatial(h, text, text_mask, modulation, rope, keep and keep[0]))
-            return tap("temporal_out", temporal(h, text, text_mask, modulation, rope, keep and keep[1]))
+            keep = (None, None) if keep is None else (keep[:2], keep[2:])
+            h = spatial(h, spatially, text, modulation, keep=keep[0])
+            h = temporal(tap("spatial_out", h), temporally, text, modulation, mode="temporal", keep=keep[1])
+            return tap("temporal_out", h)
 
-        layers = (self.spatial_blocks, self.temporal_blocks, self._keep(key, batch))
+        layers = (self.spatial_blocks, self.temporal_blocks, drop_path(key, cfg.drop_path, (cfg.depth, 4, batch)))
         tokens = run_stack(pair, tokens, layers, remat=cfg.remat)
 
         out = self.final_layer(tokens, t_vec, x_mask, condition_vec)
         out = unpatchify(out.reshape(batch, -1, grid_h, grid_w, out.shape[-1]), cfg.patch_size, cfg.out_channels)
         return out[:, :frames, :rows, :columns].astype(jnp.float32)
-
-    def _positions(self, grid, height, width):
-        """The scale is that of the first sample: a batch is one bucket, so it is everybody's."""
-        scale = jnp.sqrt(height[0].astype(jnp.float32) * width[0].astype(jnp.float32)) / self.cfg.input_sq_size
-        base = round((grid[0] * grid[1]) ** 0.5)
-        h, w = (jnp.arange(size, dtype=jnp.float32) / scale * (base / size) for size in grid)
-        return sincos_2d(h, w, self.cfg.hidden_size)
-
-    def _keep(self, key, batch):
-        """Drop-path factors [depth, 2 kinds, 2 branches, B], rates rising linearly with depth; None when unused."""
-        cfg = self.cfg
-        if key is None or cfg.drop_path == 0:
-            return None
-        rates = jnp.linspace(0, cfg.drop_path, cfg.depth)[:, None, None, None]
-        kept = jax.random.bernoulli(key, 1 - rates, (cfg.depth, 2, 2, batch))
-        return tuple(jnp.moveaxis(kept / (1 - rates), 1, 0))
-
-
-def _gated(h, gate, keep, branch):
-    h = (h.astype(jnp.float32) * gate).astype(h.dtype)
-    return h if keep is None else h * keep[branch][:, None, None, None].astype(h.dtype)

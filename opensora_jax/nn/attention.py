@@ -40,7 +40,7 @@ class SelfAttention(nnx.Module):
         self.q_norm = RMSNorm(features // heads, param_dtype=param_dtype) if qk_norm else None
         self.k_norm = RMSNorm(features // heads, param_dtype=param_dtype) if qk_norm else None
 
-    def __call__(self, x_btsc, *, mode: str, rope=None):
+    def __call__(self, x_btsc, *, mode: str, rope=None, kv_mask=None):
         out = stdit_attention(
             self.qkv(x_btsc),
             num_heads=self.heads,
@@ -49,12 +49,14 @@ class SelfAttention(nnx.Module):
             k_scale=None if self.k_norm is None else self.k_norm.scale[...],
             rope=rope,
             norm_before_rope=self.norm_before_rope,
+            kv_mask=kv_mask,
         )
         return self.proj(out)
 
 
 class CrossAttention(nnx.Module):
-    """Queries from video [B, N, C], keys and values from text [B, L, C]; text_mask [B, L], 1 = keep."""
+    """Queries from video [B, N, C], keys and values from text [B, L, C]; text_mask [B, L], 1 = keep.
+    segments: ids of video [B, N] and text [B, L] tokens, where some frames may see one part of the text only."""
 
     def __init__(self, features, heads, *, init_out=None, dtype, param_dtype, rngs):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -63,9 +65,9 @@ class CrossAttention(nnx.Module):
         self.kv_linear = Linear(features, 2 * features, ("embed", "heads"), **kwargs)
         self.proj = Linear(features, features, ("heads", "embed"), init=init_out or xavier, **kwargs)
 
-    def __call__(self, x, y, text_mask=None):
+    def __call__(self, x, y, text_mask=None, segments=None):
         split = lambda a: a.reshape(*a.shape[:-1], self.heads, -1)
         q = split(self.q_linear(x))
         k, v = (split(part) for part in jnp.split(self.kv_linear(y), 2, axis=-1))
-        out = attention(q, k, v, kv_mask=None if text_mask is None else text_mask.astype(bool))
+        out = attention(q, k, v, kv_mask=None if text_mask is None else text_mask.astype(bool), segment_ids=segments)
         return self.proj(out.reshape(x.shape))

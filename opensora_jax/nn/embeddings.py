@@ -71,7 +71,8 @@ class CaptionEmbedder(nnx.Module):
 
 
 class PatchEmbed3D(nnx.Module):
-    """[B, T, H, W, C] → [B, T', H', W', features]; zero padding at the end of each axis up to the patch size."""
+    """[B, T, H, W, C] → [B, T', H', W', features]; zero padding at the end of each axis up to the patch size. A patch
+    of two numbers is that of an image network, whose kernel knows no time."""
 
     def __init__(self, patch, channels, features, *, bias=True, init=None, dtype, param_dtype, rngs):
         self.patch = tuple(patch)
@@ -89,14 +90,18 @@ def flattened_xavier(key, shape, dtype=jnp.float32, out_sharding=None):
     return xavier(key, (math.prod(shape[:-1]), shape[-1]), dtype).reshape(shape)
 
 
+def patch_3d(patch):
+    return (1,) * (3 - len(patch)) + tuple(patch)
+
+
 def pad_to_patch(x, patch):
-    pads = [(0, -size % p) for size, p in zip(x.shape[1:4], patch)]
+    pads = [(0, -size % p) for size, p in zip(x.shape[1:4], patch_3d(patch))]
     return jnp.pad(x, [(0, 0), *pads, (0, 0)]) if any(p for _, p in pads) else x
 
 
 def unpatchify(x, patch, channels: int):
     """[B, T', H', W', pt*ph*pw*c] → [B, T, H, W, c]; channels run fastest within a token."""
     b, t, h, w, _ = x.shape
-    pt, ph, pw = patch
+    pt, ph, pw = patch_3d(patch)
     x = x.reshape(b, t, h, w, pt, ph, pw, channels)
     return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, t * pt, h * ph, w * pw, channels)

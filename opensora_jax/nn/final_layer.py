@@ -1,16 +1,16 @@
-"""The last layer of the PixArt and STDiT family: adaLN-single modulation and a projection to patches."""
+"""The last layers: modulation by the timestep and a projection to patches."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from opensora_jax.nn.linear import Linear, xavier
-from opensora_jax.nn.modulate import modulate, table_rows
+from opensora_jax.nn.linear import Linear, xavier, zeros
+from opensora_jax.nn.modulate import modulate, rows, table_rows
 from opensora_jax.nn.norms import LayerNorm
 
 
 class T2IFinalLayer(nnx.Module):
-    """x [B, T, S, C] → [B, T, S, outputs]; t, t0 [B, C] are the embeddings of the timestep and of timestep zero."""
+    """PixArt and STDiT (adaLN-single): x [B, T, S, C] → [B, T, S, outputs]; t, t0 [B, C] are the embeddings of the timestep and of timestep zero."""
 
     def __init__(self, features: int, outputs: int, *, init=xavier, dtype, param_dtype, rngs: nnx.Rngs):
         self.norm = LayerNorm(features, affine=False)
@@ -30,3 +30,18 @@ class T2IFinalLayer(nnx.Module):
     def _modulated(self, x, t):
         shift, scale = table_rows(self.scale_shift_table[...], jnp.concatenate([t, t], -1)[:, None])
         return modulate(self.norm(x), shift, scale)
+
+
+class AdaLNFinalLayer(nnx.Module):
+    """DiT and Latte: shift and scale from a projection of their own; begins as zero."""
+
+    def __init__(self, features: int, outputs: int, *, dtype, param_dtype, rngs: nnx.Rngs):
+        kwargs = dict(init=zeros, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.norm = LayerNorm(features, affine=False)
+        self.modulation = Linear(features, 2 * features, ("embed", None), **kwargs)
+        self.linear = Linear(features, outputs, ("embed", None), **kwargs)
+
+    def __call__(self, x, condition):
+        """x [B, T, S, C]; condition [B, C]."""
+        shift, scale = rows(self.modulation(jax.nn.silu(condition))[:, None], 2)
+        return self.linear(modulate(self.norm(x), shift, scale))

@@ -3,6 +3,7 @@
 Condition frames (x_mask False) take the modulation of timestep 0, so modulation tensors are [B, 1 or T, ..., C].
 """
 
+import jax
 import jax.numpy as jnp
 
 
@@ -21,6 +22,24 @@ def by_frame(generated, condition, x_mask):
 
 def table_rows(table, vectors):
     """scale_shift_table [n, C] + timestep vectors [B, T', n * C] → n arrays [B, T', 1, C], float32."""
-    rows = table.shape[0]
-    shifted = table.astype(jnp.float32) + vectors.astype(jnp.float32).reshape(*vectors.shape[:2], rows, -1)
-    return [shifted[:, :, i, None] for i in range(rows)]
+    return rows(vectors, table.shape[0], table.astype(jnp.float32))
+
+
+def rows(vectors, count: int, table=0.0):
+    """[B, T', count * C] → `count` arrays [B, T', 1, C], float32, plus the rows of a table."""
+    shifted = table + vectors.astype(jnp.float32).reshape(*vectors.shape[:2], count, -1)
+    return [shifted[:, :, i, None] for i in range(count)]
+
+
+def gated(h, gate, keep=None):
+    """gate · h in float32; keep [B]: factors of drop path, or None."""
+    h = (h.astype(jnp.float32) * gate).astype(h.dtype)
+    return h if keep is None else h * keep[:, None, None, None].astype(h.dtype)
+
+
+def drop_path(key, rate: float, shape: tuple[int, ...]):
+    """Factors [depth, *branches, B] (0 or 1 / kept share) with rates rising linearly to `rate`; None when unused."""
+    if key is None or rate == 0:
+        return None
+    rates = jnp.linspace(0, rate, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+    return jax.random.bernoulli(key, 1 - rates, shape) / (1 - rates)

@@ -5,16 +5,34 @@ import numpy as np
 
 
 def sincos_1d(positions, dim: int):
-    """[..., dim]: sines in the first half, cosines in the second (MAE order)."""
+    """[..., dim]: sines in the first half, cosines in the second (MAE order). Positions known while tracing (numpy)
+    give a constant computed in float64, as the references do."""
     omega = 1.0 / 10000.0 ** (np.arange(dim // 2, dtype=np.float64) / (dim / 2.0))
+    if isinstance(positions, np.ndarray):
+        angles = positions[..., None] * omega
+        return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], -1), jnp.float32)
     angles = jnp.asarray(positions)[..., None] * jnp.asarray(omega, jnp.float32)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 
 
 def sincos_2d(height_positions, width_positions, dim: int):
     """[H, W, dim]: the first half of the channels encodes the width coordinate, the second the height coordinate."""
-    h, w = jnp.meshgrid(height_positions, width_positions, indexing="ij")
-    return jnp.concatenate([sincos_1d(w, dim // 2), sincos_1d(h, dim // 2)], -1)
+    shape = (height_positions.shape[0], width_positions.shape[0], dim // 2)
+    w, h = sincos_1d(width_positions, dim // 2), sincos_1d(height_positions, dim // 2)
+    return jnp.concatenate([jnp.broadcast_to(w, shape), jnp.broadcast_to(h[:, None], shape)], -1)
+
+
+def grid_sincos(grid: tuple[int, int], dim: int, *, scale=1.0, base: int | None = None):
+    """[H, W, dim] for a grid of patches: positions 0..n-1 divided by `scale`, stretched to `base` positions a side."""
+    xp = np if isinstance(scale, (int, float)) else jnp
+    h, w = (xp.arange(n) / scale * (base / n if base else 1.0) for n in grid)
+    return sincos_2d(h, w, dim)
+
+
+def resolution_scale(height, width, input_sq_size: float):
+    """Side of the square with as many pixels, in units of `input_sq_size`. That of the first sample: a batch is one
+    bucket, so it is everybody's."""
+    return jnp.sqrt(height[0].astype(jnp.float32) * width[0].astype(jnp.float32)) / input_sq_size
 
 
 def rope_frequencies(dim: int, theta: float = 10000.0) -> np.ndarray:

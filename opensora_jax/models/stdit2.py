@@ -1,0 +1,173 @@
+"""STDiT2, the denoiser of Open-Sora 1.1 (767M): STDiT with modulated temporal attention, RoPE and q/k norms, and
+embeddings of pixel size, aspect ratio, frame count and frame rate; any size, length and condition frames in one model.
+
+Released weights rotate before the q/k norm (`qk_norm_legacy`); later code made the order an option.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from opensora_jax.common.shapes import LatentShape
+from opensora_jax.nn.attention import CrossAttention, SelfAttention
+from opensora_jax.nn.blocks import LAYOUT, STREAM, scale_shift_table
+from opensora_jax.nn.embeddings import CaptionEmbedder, PatchEmbed3D, SizeEmbedder, TimestepEmbedder, unpatchify
+from opensora_jax.nn.final_layer import T2IFinalLayer
+from opensora_jax.nn.linear import Linear, normal, zeros
+from opensora_jax.nn.mlp import MLP
+from opensora_jax.nn.modulate import by_frame, drop_path, gated, modulate, table_rows
+from opensora_jax.nn.norms import LayerNorm
+from opensora_jax.nn.params import Fixed
+from opensora_jax.nn.positions import grid_sincos, resolution_scale, rope_frequencies, rope_table
+from opensora_jax.nn.stack import run_stack, stack
+from opensora_jax.nn.taps import tap
+from opensora_jax.parallel.shard import constrain
+
+
+@dataclass(frozen=True)
+class Config:
+    input_sq_size: int = 512  # the square size at which position embeddings have unit scale
+    in_channels: int = 4
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    pred_sigma: bool = True
+    drop_path: float = 0.0
+    caption_channels: int = 4096
+    model_max_length: int = 200
+    qk_norm: bool = True
+    qk_norm_legacy: bool = True  # RoPE before the norm
+    remat: str = "none"
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.pred_sigma else 1)
+
+
+PRESETS = {"STDiT2-XL/2": Config()}
+REPOSITORIES = {"STDiT2-XL/2": "hpcai-tech/OpenSora-STDiT-v2-stage3"}
+
+
+def build(cfg: Config, *, rngs: nnx.Rngs) -> "STDiT2":
+    return STDiT2(cfg, rngs=rngs)
+
+
+def inputs(cfg: Config, shape: LatentShape) -> dict[str, jax.ShapeDtypeStruct]:
+    def array(*dims, dtype="float32"):
+        return jax.ShapeDtypeStruct((shape.batch, *dims), dtype)
+
+    return {
+        "x": array(shape.frames, shape.height, shape.width, cfg.in_channels),
+        "t": array(),
+        "y": array(shape.text_tokens, cfg.caption_channels),
+        "text_mask": array(shape.text_tokens, dtype="int32"),
+        "x_mask": array(shape.frames, dtype="bool"),
+        "height": array(),
+        "width": array(),
+        "ar": array(),
+        "num_frames": array(),
+        "fps": array(),
+    }
+
+
+class Block(nnx.Module):
+    def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
+        kwargs = dict(dtype=cfg.dtype, param_dtype=cfg.param_dtype, rngs=rngs)
+        width, heads = cfg.hidden_size, cfg.num_heads
+        qk = dict(qk_norm=cfg.qk_norm, norm_before_rope=not cfg.qk_norm_legacy)
+        self.attn = SelfAttention(width, heads, **qk, **kwargs)
+        self.attn_temp = SelfAttention(width, heads, init_out=zeros, **qk, **kwargs)
+        self.cross_attn = CrossAttention(width, heads, init_out=zeros, **kwargs)
+        self.mlp = MLP(width, int(width * cfg.mlp_ratio), **kwargs)
+        self.norm1 = LayerNorm(width, affine=False)
+        self.norm_temp = LayerNorm(width, affine=False)
+        self.norm2 = LayerNorm(width, affine=False)
+        self.scale_shift_table = scale_shift_table(6, width, cfg.param_dtype, rngs)
+        self.scale_shift_table_temporal = scale_shift_table(3, width, cfg.param_dtype, rngs)
+
+    def __call__(self, x, text, spatial, temporal, rope, keep):
+        """x [B, T, S, C]; spatial [B, 1 or T, 6C] and temporal [B, 1 or T, 3C]: the modulations; keep: drop-path
+        factors [3, B] or None."""
+        keep = (None, None, None) if keep is None else keep
+        parts = table_rows(self.scale_shift_table[...], spatial)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
+        h = constrain(modulate(self.norm1(x), shift_msa, scale_msa), *LAYOUT["spatial"])
+        x = x + gated(constrain(self.attn(h, mode="spatial"), *STREAM), gate_msa, keep[0])
+
+        shift, scale, gate = table_rows(self.scale_shift_table_temporal[...], temporal)
+        h = constrain(modulate(self.norm_temp(x), shift, scale), *LAYOUT["temporal"])
+        x = x + gated(constrain(self.attn_temp(h, mode="temporal", rope=rope), *STREAM), gate, keep[1])
+
+        x = x + self.cross_attn(x.reshape(x.shape[0], -1, x.shape[-1]), **text).reshape(x.shape)
+        h = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        return constrain(x + gated(h, gate_mlp, keep[2]), *STREAM)
+
+
+class STDiT2(nnx.Module):
+    def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        kwargs = dict(dtype=cfg.dtype, param_dtype=cfg.param_dtype, rngs=rngs)
+        width = cfg.hidden_size
+        if width % 3:
+            raise ValueError(f"STDiT2: hidden_size {width} must be a multiple of 3 (height, width, aspect ratio)")
+        self.x_embedder = PatchEmbed3D(cfg.patch_size, cfg.in_channels, width, **kwargs)
+        self.t_embedder = TimestepEmbedder(width, **kwargs)
+        self.csize_embedder = SizeEmbedder(width // 3, **kwargs)
+        self.ar_embedder = SizeEmbedder(width // 3, **kwargs)
+        self.fl_embedder = SizeEmbedder(width, **kwargs)
+        self.fps_embedder = SizeEmbedder(width, **kwargs)
+        self.t_block = Linear(width, 6 * width, ("embed", None), init=normal(0.02), **kwargs)
+        self.t_block_temp = Linear(width, 3 * width, ("embed", None), init=normal(0.02), **kwargs)
+        self.y_embedder = CaptionEmbedder(cfg.caption_channels, width, cfg.model_max_length, **kwargs)
+        self.rope_freqs = Fixed(jnp.asarray(rope_frequencies(width // cfg.num_heads), cfg.param_dtype))
+        self.blocks = stack(lambda r: Block(cfg, rngs=r), cfg.depth, rngs=rngs)
+        outputs = math.prod(cfg.patch_size) * cfg.out_channels
+        self.final_layer = T2IFinalLayer(width, outputs, init=zeros, **kwargs)
+
+    def __call__(
+        self, x, t, y, text_mask=None, x_mask=None, *, height, width, ar, num_frames, fps, drop_text=None, key=None
+    ):
+        """x [B, T, H, W, C] latents; t [B] in [0, 1000); y [B, L, D]; x_mask [B, T], True = generated frame; height,
+        width, ar (height / width), num_frames and fps [B] of the video in pixels; drop_text [B] bool; key: for drop
+        path. Returns [B, T, H, W, out] float32."""
+        cfg = self.cfg
+        frames, rows, columns = x.shape[1:4]
+        tokens = self.x_embedder(x.astype(cfg.dtype))  # [B, T, H', W', C]
+        batch, length, grid_h, grid_w, dim = tokens.shape
+        scale = resolution_scale(height, width, cfg.input_sq_size)
+        base = round((grid_h * grid_w) ** 0.5)
+        tokens = tokens + grid_sincos((grid_h, grid_w), dim, scale=scale, base=base).astype(cfg.dtype)
+        tokens = tokens.reshape(batch, length, grid_h * grid_w, dim)
+        tokens = tap("tokens", constrain(tokens, *STREAM))
+
+        size = jnp.concatenate([self.csize_embedder(jnp.stack([height, width], -1)), self.ar_embedder(ar)], -1)
+        pace = self.fl_embedder(num_frames) + self.fps_embedder(fps)
+        t_vec = tap("t_emb", self.t_embedder(t))
+        zero_vec = self.t_embedder(jnp.zeros_like(t)) if x_mask is not None else t_vec
+        spatial = self._modulation("t_block", t_vec + size, zero_vec + size, x_mask)
+        temporal = self._modulation("t_block_temp", t_vec + pace, zero_vec + pace, x_mask)
+        text = {"y": tap("y_emb", self.y_embedder(y.astype(cfg.dtype), drop_text)), "text_mask": text_mask}
+        rope = rope_table(jnp.arange(length), self.rope_freqs[...])
+
+        def layer(h, entry):
+            block, keep = entry
+            return tap("out", block(h, text, spatial, temporal, rope, keep))
+
+        layers = (self.blocks, drop_path(key, cfg.drop_path, (cfg.depth, 3, batch)))
+        tokens = run_stack(layer, tokens, layers, remat=cfg.remat)
+
+        # As released: generated frames see the bare timestep, condition frames timestep zero and the size.
+        out = self.final_layer(tokens, t_vec, x_mask, zero_vec + size)
+        out = unpatchify(out.reshape(batch, -1, grid_h, grid_w, out.shape[-1]), cfg.patch_size, cfg.out_channels)
+        return out[:, :frames, :rows, :columns].astype(jnp.float32)
+
+    def _modulation(self, name, generated, condition, x_mask):
+        project = lambda vector: getattr(self, name)(jax.nn.silu(vector))
+        return by_frame(tap(f"{name}_out", project(generated)), project(condition), x_mask)

@@ -1,0 +1,36 @@
+"""What the adapters of denoisers share: one jitted call with its intermediates, and the reference's way of giving text."""
+
+from collections.abc import Mapping
+from functools import partial
+
+import jax
+import numpy as np
+
+from opensora_jax.nn import taps
+
+
+@partial(jax.jit, static_argnums=0)
+def forward(net, params, arrays: Mapping):
+    """The network's output and everything it tapped."""
+    with taps.record() as seen:
+        out = net(params, **arrays)
+    return out, dict(seen)
+
+
+def text(given: Mapping, y: str = "y", mask: str = "mask") -> dict:
+    """y [B, 1, L, D] → [B, L, D]; a mask of fewer samples is repeated, as for guidance (all conditional, all null)."""
+    captions = given[y].reshape(given[y].shape[0], *given[y].shape[-2:])
+    if given.get(mask) is None:
+        return {"y": captions}
+    keep = given[mask].reshape(-1, given[mask].shape[-1])
+    return {"y": captions, "text_mask": np.tile(keep, (captions.shape[0] // keep.shape[0], 1))}
+
+
+def intermediates(case, run: str, seen: Mapping, names: Mapping[str, str]) -> dict:
+    """Tapped arrays under the recording's names and in its shapes, where it has them. `names`: tap → recorded name."""
+    recorded = {name: case.outputs[full] for name, full in case.recorded(run).items()}
+    return {
+        f"inter.{name}": seen[tap].reshape(recorded[f"inter.{name}"].shape)
+        for tap, name in names.items()
+        if tap in seen and f"inter.{name}" in recorded
+    }
