@@ -1,66 +1,27 @@
-"""What the tests of denoisers share: recorded cases, manifests of the released sizes, and one tiny network a model,
-compiled once, on which gradients, the scanned stack and dropped text are checked."""
+"""What the tests of denoisers share: one tiny network a model, compiled once, on which gradients, the scanned stack and
+dropped text are checked."""
 
-import importlib
-import json
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from opensora_jax.common.shapes import LatentShape
 from opensora_jax.nn import taps
 from opensora_jax.nn.params import Buffer, Fixed, Network
 from opensora_jax.weights import engine
+from tests.checks import modules
 
 SHAPE = LatentShape(batch=2, frames=3, height=4, width=6, text_tokens=4)
 TINY = dict(hidden_size=24, depth=3, num_heads=2, mlp_ratio=2.0)
-
-
-def modules(stem):
-    return importlib.import_module(f"opensora_jax.models.{stem}"), importlib.import_module(
-        f"opensora_jax.weights.{stem}"
-    )
-
-
-def agrees_with_recording(folder):
-    """Every output and intermediate of a recorded case, at its own tolerance."""
-    from opensora_jax.verify.__main__ import adapters, verify_case
-    from opensora_jax.verify.case import Case
-
-    if not folder.exists():
-        pytest.skip(f"{folder.name} is not among the recordings here")
-    case = Case(folder)
-    bad = [result for result in verify_case(case, adapters()[case.family]) if not result.ok]
-    assert not bad, bad
-
-
-def fits_manifest(stem, goldens, name, preset, **unspoken):
-    """Every key of the full-size reference maps once, counts agree, and the configuration is found from shapes."""
-    path = goldens.parent / "manifests" / f"{name}.json"
-    if not path.exists():
-        pytest.skip(f"{name} is not among the manifests here")
-    manifest = json.loads(path.read_text())
-    model, table = modules(stem)
-    shapes = {key: tuple(shape) for key, shape in (manifest["parameters"] | manifest["buffers"]).items()}
-    assert table.recognise(shapes, manifest["config"])
-    cfg = model.PRESETS[preset]
-    assert model.Config(**table.config_from(shapes, manifest["config"]) | unspoken) == cfg
-    network = Network.of(lambda rngs: model.build(cfg, rngs=rngs))
-    wanted = {path: leaf.shape for path, leaf in engine.flatten(network.abstract).items()}
-    plan = engine.plan(shapes, wanted, table.RULES)
-    placed = sum(len(item.sources) for item in plan.assignments)
-    assert placed + len(plan.dropped) + len(plan.tied) == len(shapes)
-    assert network.count() == manifest["total_params"]
 
 
 @cache
 def tiny(stem, **overrides):
     """A network with every parameter random (zero initialisations would hide what they multiply), its inputs, and one
     compiled function (params, arrays) → (output, gradients of a random projection of it)."""
-    model, _ = modules(stem)
+    model, _ = modules("models", stem)
     cfg = model.Config(**TINY | overrides)
     network = Network.of(lambda rngs: model.build(cfg, rngs=rngs))
     rng = np.random.default_rng(0)

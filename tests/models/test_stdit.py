@@ -3,22 +3,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import checks
 from tests.models import denoisers
 
 TINY = dict(caption_channels=8, model_max_length=5, drop_path=0.5)
 
 
 def test_recorded(goldens):
-    denoisers.agrees_with_recording(goldens / "v10_stdit_a")
+    checks.check_case(goldens, "v10_stdit_a")
 
 
 @pytest.mark.parametrize("name", ["16x256x256", "16x512x512", "64x512x512"])
 def test_manifest(goldens, name):
-    denoisers.fits_manifest("stdit", goldens, f"STDiT-XL_2_v1.0_{name}", f"STDiT-XL/2-{name}")
+    checks.check_manifest(goldens, f"STDiT-XL_2_v1.0_{name}", "models", "stdit", preset=f"STDiT-XL/2-{name}")
 
 
 def test_released_scales_follow_from_the_tables_of_a_bare_state_dict():
-    _, table = denoisers.modules("stdit")
+    _, table = checks.modules("models", "stdit")
     tables = lambda patches, frames: {"pos_embed": (1, patches, 8), "pos_embed_temporal": (1, frames, 8)}
     assert table.released_scales(tables(256, 16)) == {"space_scale": 0.5, "time_scale": 1.0}
     assert table.released_scales(tables(1024, 64)) == {"space_scale": 1.0, "time_scale": 2 / 3}

@@ -1,17 +1,18 @@
 import jax.numpy as jnp
 import numpy as np
 
+from tests import checks
 from tests.models import denoisers
 
 TINY = dict(caption_channels=8, model_max_length=5)
 
 
 def test_recorded(goldens):
-    denoisers.agrees_with_recording(goldens / "v11_stdit2_a")
+    checks.check_case(goldens, "v11_stdit2_a")
 
 
 def test_manifest(goldens):
-    denoisers.fits_manifest("stdit2", goldens, "STDiT2-XL_2_v1.1", "STDiT2-XL/2")
+    checks.check_manifest(goldens, "STDiT2-XL_2_v1.1", "models", "stdit2", preset="STDiT2-XL/2")
 
 
 def test_gradients():
