@@ -11,13 +11,13 @@ import functools
 import logging
 from types import ModuleType
 
-from opensora_jax.kernels import spec, xla
+from opensora_jax.kernels import cudnn, pallas_gpu, spec, xla
 from opensora_jax.kernels.spec import Call, Unsupported
 
 log = logging.getLogger("opensora_jax.kernels")
 
-BACKENDS: dict[str, ModuleType] = {"xla": xla}
-PREFERENCE = {"tpu": ("xla",), "cuda": ("xla",)}  # fastest first; other platforms take the reference
+BACKENDS: dict[str, ModuleType] = {"xla": xla, "cudnn": cudnn, "pallas_gpu": pallas_gpu}
+PREFERENCE = {"tpu": ("xla",), "cuda": ("cudnn", "xla")}  # fastest first; other platforms take the reference
 
 
 def attention(

@@ -5,7 +5,7 @@
 
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 
@@ -48,6 +48,10 @@ class Call:
         extras = "".join(f"+{name}" for name in sorted(self.extras))
         sizes = f"{self.batch}x{self.queries}x{self.keys} h{self.heads} d{self.head_dim}"
         return f"{self.kind} {sizes} {self.dtype}{extras}"
+
+    def through_attention(self) -> "Call":
+        """The plain problem that remains of a fused call after XLA's split, norm and rotation."""
+        return replace(self, kind="attention", extras=self.extras & {"kv_mask"})
 
     def refuse(self, *names: str) -> None:
         """Raises when the call uses one of these optional inputs."""

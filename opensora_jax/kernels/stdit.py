@@ -12,10 +12,10 @@ from types import ModuleType
 import jax.numpy as jnp
 
 from opensora_jax.kernels import attention as dispatch
-from opensora_jax.kernels import spec, xla
-from opensora_jax.kernels.spec import Call
+from opensora_jax.kernels import spec, stdit_gpu, xla
+from opensora_jax.kernels.spec import Call, Unsupported
 
-FUSED: dict[str, ModuleType] = {}
+FUSED: dict[str, ModuleType] = {"pallas_gpu": stdit_gpu}
 PREFERENCE: dict[str, tuple[str, ...]] = {}  # fastest first, by platform
 COMPOSED = "composed"
 
@@ -74,7 +74,11 @@ def _fused(call: Call, implementation: str | None) -> ModuleType | None:
     if implementation is not None:
         if implementation not in FUSED:
             return None
-        return FUSED[dispatch.choose(call, FUSED, PREFERENCE, implementation)]
+        try:
+            return FUSED[dispatch.choose(call, FUSED, PREFERENCE, implementation)]
+        except Unsupported:
+            dispatch.choose(call.through_attention(), dispatch.BACKENDS, {}, implementation)  # raises its own reason
+            return None
     order = PREFERENCE.get(spec.platform(), ())
     if not order:
         return None
