@@ -1,4 +1,4 @@
-"""IDDPM of Open-Sora 1.0 and 1.1 and of Open-Sora-Plan: tables, losses, sampling trajectories."""
+"""IDDPM of Open-Sora 1.0 and 1.1 and of Open-Sora-Plan: tables, losses, sampling trajectories; DPM-Solver of 1.0."""
 
 from functools import partial
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opensora_jax.diffusion import iddpm
+from opensora_jax.sampling import dpm_solver
 from opensora_jax.sampling.ddim import DDIM, Ancestral
 from opensora_jax.sampling.guidance import Guidance
 from opensora_jax.verify.case import Adapter, Case, channels_first, channels_last
@@ -50,8 +51,9 @@ def loss(case: Case, run: str, *, float32: bool) -> dict:
     return {"loss": terms["loss_per_sample"], **{k: v for k, v in terms.items() if k in ("mse", "vb")}}
 
 
-def sample(case: Case, run: str, *, stem: str, channels: int | None, float32: bool) -> dict:
-    given, cfg = case.tensors(run), case.config
+def guided(case: Case, stem: str, channels: int | None):
+    """The tiny denoiser under classifier-free guidance, and the noise to start from."""
+    given, cfg = case.tensors(next(iter(case.runs))), case.config
     net, params, _ = case.load("models", stem, config=cfg["model"])
     call = jax.jit(lambda x, t, y, text_mask, **named: net(params, x, t, y, text_mask=text_mask, **named))
     full = {name: jnp.asarray(given[name]) for name in NAMED if name in given}
@@ -59,9 +61,13 @@ def sample(case: Case, run: str, *, stem: str, channels: int | None, float32: bo
     null = full | {"y": jnp.broadcast_to(jnp.asarray(given["y_null"]), full["y"].shape)}
     guidance = Guidance(cfg["cfg_scale"], channels=cfg.get("cfg_channel") or channels)
     predict = partial(guidance, lambda x, t, **named: call(x, t, **named), (full, null))
+    return predict, jnp.asarray(channels_last(given["z"]))
 
-    solver = Ancestral(process(cfg, float32=float32))
-    z = jnp.asarray(channels_last(given["z"]))
+
+def sample(case: Case, run: str, *, stem: str, channels: int | None, float32: bool) -> dict:
+    given = case.tensors(run)
+    predict, z = guided(case, stem, channels)
+    solver = Ancestral(process(case.config, float32=float32))
     # The reference also draws for the unconditional half, and throws that half away.
     noise = [jnp.asarray(channels_last(n[: len(z)])) for n in given["noise"]]
     if "mask" in given:
@@ -72,6 +78,15 @@ def sample(case: Case, run: str, *, stem: str, channels: int | None, float32: bo
         state = solver.step(predict, state, i, times, noise=noise[i])
         trajectory.append(channels_first(state.latents))
     return {"samples": trajectory[-1], "first_step": trajectory[0], "trajectory": np.stack(trajectory)}
+
+
+def dpm(case: Case, run: str, *, stem: str, always_lower: bool = False) -> dict:
+    predict, z = guided(case, stem, None)
+    solver = dpm_solver.open_sora(case.config["num_sampling_steps"], always_lower=always_lower)
+    times, state = solver.schedule(z.shape), solver.init(z)
+    for i in range(solver.steps):
+        state = solver.step(predict, state, i, times)
+    return {"samples": channels_first(state.latents)}
 
 
 def plan(case: Case, run: str) -> dict:
@@ -125,5 +140,7 @@ def _version(version: str, stem: str, channels: int | None, float32: bool) -> di
 FAMILIES = {
     **_version("v10", "stdit", 3, False),
     **_version("v11", "stdit2", None, True),
+    "dpm_solver_sample_v10": Adapter("dpm_solver", partial(dpm, stem="stdit")),
+    "dpm_solver_sample_v11": Adapter("dpm_solver", partial(dpm, stem="stdit2")),
     "osp_diffusion": Adapter("iddpm", plan),
 }
