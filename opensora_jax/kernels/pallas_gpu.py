@@ -267,7 +267,7 @@ def _keys_kernel(q_ref, k_ref, v_ref, masks, do_ref, lse_ref, delta_ref, dk_ref,
 
 def _queries_kernel(q_ref, k_ref, v_ref, masks, do_ref, lse_ref, delta_ref, dq_ref, *, block, options):
     block_index, head, batch = (pl.program_id(i) for i in range(3))
-    queries, keys = q_ref.shape[1], k_ref.shape[1]
+    keys = k_ref.shape[1]
     q_row = block_index * block.q
     q = load_tile(q_ref, batch, head, q_row, block.q)
     do = load_tile(do_ref, batch, head, q_row, block.q)
