@@ -15,6 +15,7 @@ xavier = nnx.initializers.xavier_uniform()
 zeros = nnx.initializers.zeros_init()
 normal = nnx.initializers.normal
 lecun = nnx.initializers.lecun_normal()
+fan_in_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # ±1/sqrt(inputs), PyTorch's default
 
 
 class Linear(nnx.Linear):

@@ -51,3 +51,15 @@ def apply_rope_interleaved(x, cos, sin):
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     rotated = jnp.stack([-pairs[..., 1], pairs[..., 0]], -1).reshape(x.shape)
     return (x * cos + rotated * sin).astype(x.dtype)
+
+
+def rope_angles(ids, dims: tuple[int, ...], theta: float = 10000.0):
+    """Several axes side by side: ids [..., len(dims)] → angles [..., sum(dims) / 2], one for each rotated pair."""
+    ids = jnp.asarray(ids, jnp.float32)
+    return jnp.concatenate([ids[..., i, None] * rope_frequencies(dim, theta) for i, dim in enumerate(dims)], -1)
+
+
+def apply_rope_halves(x, cos, sin):
+    """Rotates the pairs (x_k, x_{k + d/2}) of the last axis (Llama's layout); cos and sin broadcast against x."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, -1)
+    return (x * cos + jnp.concatenate([-second, first], -1) * sin).astype(x.dtype)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from opensora_jax.common.errors import UserError
+from opensora_jax.common.packing import latent_size, pack, position_ids, unpack
 from opensora_jax.diffusion import conditions as C
 from opensora_jax.diffusion import rectified_flow as rf
-from opensora_jax.diffusion.packing import latent_size, pack, position_ids, unpack
 
 
 def encode(causal):

@@ -1,0 +1,64 @@
+"""MMDiT of Open-Sora 2.0 (hpcai-tech/Open-Sora-v2, one safetensors file) and of FLUX.1 (flux1-dev.safetensors)."""
+
+from math import isqrt
+
+from opensora_jax.common.errors import UserError
+from opensora_jax.weights.engine import Rule, copy, linear
+
+DOUBLE, OUR_DOUBLE = "double_blocks.{layer}.{stream:img|txt}_", "double_blocks/{stream}/"
+SINGLE, OUR_SINGLE = "single_blocks.{layer}.", "single_blocks/"
+
+RULES: list[Rule] = [
+    *linear("{part:img|txt|cond}_in", "{part}_in"),
+    *linear("{part:time|guidance|vector}_in.in_layer", "{part}_in/fc1"),
+    *linear("{part:time|guidance|vector}_in.out_layer", "{part}_in/fc2"),
+    *linear(DOUBLE + "mod.lin", OUR_DOUBLE + "mod"),
+    *linear(DOUBLE + "attn.{part:qkv|q_proj|k_proj|v_proj|proj}", OUR_DOUBLE + "attn/{part}"),
+    copy(DOUBLE + "attn.norm.{part:query|key}_norm.scale", OUR_DOUBLE + "attn/{part}_norm/scale"),
+    *linear(DOUBLE + "mlp.0", OUR_DOUBLE + "mlp/fc1"),
+    *linear(DOUBLE + "mlp.2", OUR_DOUBLE + "mlp/fc2"),
+    *linear(SINGLE + "{part:linear1|q_proj|k_proj|v_mlp|linear2}", OUR_SINGLE + "{part}"),
+    copy(SINGLE + "norm.{part:query|key}_norm.scale", OUR_SINGLE + "{part}_norm/scale"),
+    *linear(SINGLE + "modulation.lin", OUR_SINGLE + "modulation"),
+    *linear("final_layer.linear", "final_layer/linear"),
+    *linear("final_layer.adaLN_modulation.1", "final_layer/adaln"),
+]
+
+AXES = {128: (16, 56, 56)}  # the released head; others must say
+
+
+def recognise(shapes, config: dict) -> bool:
+    return "double_blocks.0.img_mod.lin.weight" in shapes and "single_blocks.0.modulation.lin.weight" in shapes
+
+
+def config_from(shapes, config: dict) -> dict:
+    """Arguments of models.mmdit.Config. Weights do not tell the rotary layout: released files with fused qkv are
+    FLUX.1's own (pairs), those without are rearranged for Open-Sora 2.0 (halves)."""
+    hidden, channels = shapes["img_in.weight"]
+    head = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
+    fused = "double_blocks.0.img_attn.qkv.weight" in shapes
+    depth = lambda blocks: 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith(f"{blocks}."))
+    axes = config.get("axes_dim") or AXES.get(head)
+    if axes is None:
+        raise UserError(f"mmdit: heads of {head} channels; the config must give axes_dim, three numbers with that sum")
+    found = dict(
+        in_channels=channels,
+        vec_in_dim=shapes["vector_in.in_layer.weight"][1],
+        context_in_dim=shapes["txt_in.weight"][1],
+        hidden_size=hidden,
+        mlp_ratio=shapes["double_blocks.0.img_mlp.0.weight"][0] / hidden,
+        num_heads=hidden // head,
+        depth=depth("double_blocks"),
+        depth_single_blocks=depth("single_blocks"),
+        axes_dim=tuple(axes),
+        theta=config.get("theta", 10000.0),
+        qkv_bias=f"double_blocks.0.img_attn.{'qkv' if fused else 'q_proj'}.bias" in shapes,
+        guidance_embed="guidance_in.in_layer.weight" in shapes,
+        cond_embed="cond_in.weight" in shapes,
+        fused_qkv=fused,
+        rope="halves" if config.get("use_liger_rope", not fused) else "pairs",
+        patch_size=config.get("patch_size", 2),
+    )
+    if found["cond_embed"]:
+        found["patch_size"] = isqrt(shapes["cond_in.weight"][1] - channels)
+    return found
