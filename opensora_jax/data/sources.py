@@ -81,7 +81,9 @@ class ShardSource:
             self.latents = self.latents or "latents" in payload
             for key in records.INDEX:
                 columns[key].extend(index[key])
-        self.shapes = np.stack([np.asarray(columns[key], np.int32) for key in ("num_frames", "height", "width")], axis=1)
+        self.shapes = np.stack(
+            [np.asarray(columns[key], np.int32) for key in ("num_frames", "height", "width")], axis=1
+        )
         self.fps = np.asarray(columns["fps"], np.float32)
 
     @cached_property
@@ -232,7 +234,9 @@ class TfdsSource:
         features = builder.info.features
         for name in (video, text):
             if name not in features:
-                raise UserError(f"tfds:{folder} has no feature `{name}` (it has {', '.join(features)}); ?video=…&text=…")
+                raise UserError(
+                    f"tfds:{folder} has no feature `{name}` (it has {', '.join(features)}); ?video=…&text=…"
+                )
         self.name, self.video, self.text, self.rate = builder.name, video, text, float(fps)
         self.fps = np.full(len(self), self.rate, np.float32)
         self.shapes = self._shapes(features[video].shape)

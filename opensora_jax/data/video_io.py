@@ -6,7 +6,7 @@ identical on every machine. Arrays are [T, H, W, 3] uint8 throughout.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from opensora_jax.common.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".gif")
+Size = tuple[int, int] | Callable[[int, int], tuple[int, int]] | None
 SEEK_FROM_FRAME = 64  # below this, decoding from the start is cheaper than listing packets and seeking
 
 
@@ -57,15 +58,16 @@ def read_frames(
     start: int = 0,
     stride: int = 1,
     num: int | None = None,
-    size: tuple[int, int] | None = None,
+    size: Size = None,
 ) -> np.ndarray:
     """The frames at `indices` (rising, repeats allowed), or `num` frames from `start` every `stride`; all without either.
 
-    `size` (height, width) scales inside the decoder's colour conversion, which is much cheaper than scaling afterwards.
+    `size` (height, width), or a function from the clip's own to that, scales inside the decoder's colour conversion,
+    which is much cheaper than scaling afterwards.
     """
     if is_image(source):
         frames = _read_image(source)[None]
-        return resize(frames, size) if size else frames
+        return resize(frames, size(*frames.shape[1:3]) if callable(size) else size) if size else frames
     if indices is None and num is not None:
         indices = range(start, start + stride * num, stride)
     if indices is None:
@@ -247,7 +249,9 @@ def _packet_times(source) -> list[int]:
 def _pixels(frame, size) -> np.ndarray:
     """One frame as displayed: scaled, converted to RGB and turned upright."""
     turns = (getattr(frame, "rotation", 0) // 90) % 4
-    if size and (frame.height, frame.width) != tuple(size):
+    height, width = (frame.height, frame.width) if turns % 2 == 0 else (frame.width, frame.height)
+    size = size(height, width) if callable(size) else size
+    if size and (height, width) != tuple(size):
         height, width = size if turns % 2 == 0 else size[::-1]
         frame = frame.reformat(width=width, height=height, format="rgb24", interpolation="BICUBIC")
     pixels = frame.to_ndarray(format="rgb24")
