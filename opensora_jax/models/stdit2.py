@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from opensora_jax.common.errors import UserError
 from opensora_jax.common.shapes import LatentShape
 from opensora_jax.nn.attention import CrossAttention, SelfAttention
 from opensora_jax.nn.blocks import LAYOUT, STREAM, scale_shift_table
@@ -45,6 +46,10 @@ class Config:
     remat: str = "none"
     dtype: str = "float32"
     param_dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.hidden_size % 3:
+            raise UserError(f"stdit2: hidden_size {self.hidden_size} is no multiple of 3 (height, width, aspect ratio)")
 
     @property
     def out_channels(self) -> int:
@@ -115,8 +120,6 @@ class STDiT2(nnx.Module):
         self.cfg = cfg
         kwargs = dict(dtype=cfg.dtype, param_dtype=cfg.param_dtype, rngs=rngs)
         width = cfg.hidden_size
-        if width % 3:
-            raise ValueError(f"STDiT2: hidden_size {width} must be a multiple of 3 (height, width, aspect ratio)")
         self.x_embedder = PatchEmbed3D(cfg.patch_size, cfg.in_channels, width, **kwargs)
         self.t_embedder = TimestepEmbedder(width, **kwargs)
         self.csize_embedder = SizeEmbedder(width // 3, **kwargs)

@@ -46,6 +46,15 @@ def rope_table(positions, frequencies):
     return jnp.cos(angles), jnp.sin(angles)
 
 
+def rope_3d(sizes: tuple[int, int, int], frequencies, scale=1.0):
+    """Cosine and sine [T*H*W, 3*dim]: a third of the head each for frame, height and width; `scale` divides the
+    positions in space."""
+    frame, height, width = (jnp.arange(n, dtype=jnp.float32) for n in sizes)
+    axes = jnp.meshgrid(frame, height / scale, width / scale, indexing="ij")
+    tables = [rope_table(axis.reshape(-1), frequencies) for axis in axes]
+    return tuple(jnp.concatenate(parts, -1) for parts in zip(*tables))
+
+
 def apply_rope_interleaved(x, cos, sin):
     """Rotates pairs (x0, x1), (x2, x3), ... of the last axis; cos and sin broadcast against x."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
