@@ -15,12 +15,37 @@ def vanilla(real, fake):
     return 0.5 * (jax.nn.softplus(-real).mean() + jax.nn.softplus(fake).mean())
 
 
-DISCRIMINATOR_LOSSES = {"hinge": hinge, "vanilla": vanilla}
+def wasserstein(real, fake):
+    """The discriminator's loss of a Wasserstein GAN (2.0 "wgan-gp")."""
+    return 0.5 * (fake.mean() - real.mean())
+
+
+DISCRIMINATOR_LOSSES = {"hinge": hinge, "vanilla": vanilla, "non-saturating": vanilla, "wgan-gp": wasserstein}
 
 
 def generator(fake):
     """The autoencoder's loss: its reconstructions should score high."""
     return -fake.mean()
+
+
+def non_saturating(fake):
+    """The autoencoder's loss as the cross-entropy of calling its reconstructions real (MAGVIT; 1.2)."""
+    return jax.nn.softplus(-fake).mean()
+
+
+GENERATOR_LOSSES = {"hinge": generator, "non-saturating": non_saturating}
+
+
+def lecam(real, fake, mean_real, mean_fake):
+    """LeCam regularisation (arXiv 2104.03310): logits should stay near the running means of the other side."""
+    return jax.nn.relu(real.mean() - mean_fake) ** 2 + jax.nn.relu(mean_real - fake.mean()) ** 2
+
+
+def gradient_penalty(logits_of, x):
+    """(norm of the logits' gradient at each sample - 1)²; logits_of: x → logits."""
+    grads = jax.grad(lambda x: logits_of(x).sum())(x)
+    norms = jnp.sqrt(jnp.square(grads).reshape(len(x), -1).sum(1))
+    return jnp.square(norms - 1).mean()
 
 
 def adaptive_weight(reconstruction_grads, generator_grads, limit: float = 1e4):
