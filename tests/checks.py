@@ -4,6 +4,8 @@ import importlib
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -53,6 +55,13 @@ def check_round_trip(weights: dict[str, np.ndarray], room: str, stem: str, confi
     assert set(back) == set(weights) - lost
     for key, array in back.items():
         np.testing.assert_array_equal(array, weights[key], err_msg=key)
+
+
+def random_params(network: Network, seed: int = 0) -> dict:
+    """Every parameter drawn (also those that begin at zero), in numpy: compiling an initialiser costs seconds."""
+    rng = np.random.default_rng(seed)
+    draw = lambda leaf: rng.normal(0, 0.2 if leaf.ndim < 2 else 0.7 * np.prod(leaf.shape[:-1]) ** -0.5, leaf.shape)
+    return jax.tree.map(lambda leaf: jnp.asarray(draw(leaf), leaf.dtype), network.abstract)
 
 
 def modules(room: str, stem: str):

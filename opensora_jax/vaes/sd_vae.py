@@ -66,6 +66,11 @@ def inputs(cfg: Config, shape: LatentShape) -> dict[str, jax.ShapeDtypeStruct]:
     return {"x": jax.ShapeDtypeStruct((*size, cfg.in_channels), "float32")}
 
 
+def latent_size(cfg: Config, frames, height, width) -> tuple:
+    """Pixels (T, H, W) → latents; sides that do not divide are cut, None stays None."""
+    return (frames, *(None if side is None else side // cfg.downsampling for side in (height, width)))
+
+
 class SDVAE(nnx.Module):
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -75,11 +80,6 @@ class SDVAE(nnx.Module):
         moments = 2 * cfg.latent_channels
         self.quant_conv = conv(moments, moments, 1) if cfg.use_quant_conv else None
         self.post_quant_conv = conv(cfg.latent_channels, cfg.latent_channels, 1) if cfg.use_post_quant_conv else None
-
-    def latent_size(self, frames, height, width):
-        """[T, H, W] of pixels → of latents; sides that do not divide are cut, None stays None."""
-        factor = self.cfg.downsampling
-        return (frames, *(None if side is None else side // factor for side in (height, width)))
 
     def posterior(self, x) -> Posterior:
         """x [B, T, H, W, C] in [-1, 1], or images [B, H, W, C]; unscaled."""

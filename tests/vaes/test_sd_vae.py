@@ -11,7 +11,7 @@ from opensora_jax.vaes import sd_vae
 from opensora_jax.vaes.posterior import Posterior
 from opensora_jax.verify.case import Case
 from opensora_jax.weights import sd_vae as table
-from tests.checks import check_case, check_manifest, check_round_trip, existing
+from tests.checks import check_case, check_manifest, check_round_trip, existing, random_params
 
 TINY = sd_vae.Config(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2)
 
@@ -25,7 +25,7 @@ def recorded(goldens):
 
 def make(cfg):
     net = Network.of(lambda rngs: sd_vae.build(cfg, rngs=rngs))
-    return net, jax.jit(net.init)(jax.random.key(0))
+    return net, random_params(net)
 
 
 def test_recorded_activations(goldens):
