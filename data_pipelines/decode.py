@@ -1,0 +1,134 @@
+"""Frames in and out of video files (PyAV): a stream with bounded memory, a few frames by number, an exact encoder.
+
+Random access and probing live in opensora_jax.data.video_io; this file adds what curation needs beside it: one pass
+over a long file that never holds more than a frame, and an encoder that is fed frame by frame. Both use one thread,
+because the runners already work on as many files as there are cores, and because one thread makes the bytes
+reproducible.
+"""
+
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+import av
+import numpy as np
+
+from data_pipelines import files
+
+
+def stream(path: str, *, longer: int | None = None, size: tuple[int, int] | None = None) -> Iterator[tuple]:
+    """Yields (seconds since the first frame, RGB frame [H, W, 3]) in display order, turned upright.
+
+    `longer` scales so that the longer side has that many pixels (never up); `size` is an exact (height, width).
+    """
+    with files.fetched(path) as local, av.open(local) as container:
+        video = container.streams.video[0]
+        video.codec_context.thread_count = 1
+        first = None
+        for number, frame in enumerate(container.decode(video)):
+            seconds = frame.time if frame.time is not None else number / float(video.average_rate or 24)
+            first = seconds if first is None else first
+            yield seconds - first, pixels(frame, longer, size)
+
+
+def pixels(frame: av.VideoFrame, longer: int | None = None, size: tuple[int, int] | None = None) -> np.ndarray:
+    turns = round(frame.rotation / 90) % 4
+    height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
+    if size is None:
+        scale = min(1.0, longer / max(height, width)) if longer else 1.0
+        size = max(1, round(height * scale)), max(1, round(width * scale))
+    stored = size[::-1] if turns % 2 else size
+    if stored == (frame.height, frame.width):
+        image = frame.to_ndarray(format="rgb24")
+    else:
+        image = frame.reformat(width=stored[1], height=stored[0], interpolation="AREA").to_ndarray(format="rgb24")
+    return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+
+
+def frames_at(path: str, numbers: Sequence[int], **scale) -> np.ndarray:
+    """The frames with these numbers (sorted or not, repeats allowed) [N, H, W, 3]; fails where the file is too short."""
+    wanted = set(numbers)
+    found = {}
+    for number, (_, image) in enumerate(stream(path, **scale)):
+        if number in wanted:
+            found[number] = image
+        if len(found) == len(wanted):
+            break
+    lost = sorted(wanted - found.keys())
+    if lost:
+        raise ValueError(f"frame {lost[0]} cannot be decoded: the file ends early")
+    return np.stack([found[number] for number in numbers])
+
+
+def spread(total: int, count: int) -> list[int]:
+    """`count` frame numbers at the middles of equal parts of a clip; fewer when the clip is shorter."""
+    count = min(count, total)
+    return [int((k + 0.5) * total / count) for k in range(count)]
+
+
+class Encoder:
+    """Writes frames one by one. Sides are cut to even numbers, as 4:2:0 wants; bytes depend only on the frames."""
+
+    def __init__(self, path: str, fps: float, *, codec: str = "libx264", crf: int = 18, preset: str = "medium"):
+        self.container = av.open(path, "w", format="mp4", options={"movflags": "+faststart"})
+        self.rate = Fraction(fps).limit_denominator(60060)
+        self.settings = codec, {"crf": str(crf), "preset": preset}
+        self.stream = None
+        self.count, self.shape = 0, (0, 0)
+
+    def add(self, image: np.ndarray) -> None:
+        height, width = (side // 2 * 2 for side in image.shape[:2])
+        if self.stream is None:
+            codec, options = self.settings
+            self.stream = self.container.add_stream(codec, rate=self.rate, options=options)
+            self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "yuv420p"
+            self.stream.codec_context.thread_count = 1
+            self.shape = height, width
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:height, :width]), format="rgb24")
+        frame.pts, frame.time_base = self.count, 1 / self.rate
+        self.container.mux(self.stream.encode(frame))
+        self.count += 1
+
+    def facts(self, filesize: int) -> dict:
+        """The measured columns of the file that was written."""
+        (height, width), rate = self.shape, float(self.rate)
+        return {
+            "num_frames": self.count,
+            "height": height,
+            "width": width,
+            "aspect_ratio": height / width,
+            "resolution": height * width,
+            "fps": rate,
+            "seconds": self.count / rate,
+            "filesize": filesize,
+        }
+
+    def __enter__(self) -> "Encoder":
+        return self
+
+    def __exit__(self, kind, *rest) -> None:
+        if self.stream is not None and kind is None:
+            self.container.mux(self.stream.encode(None))
+        self.container.close()
+
+
+def resampled(timed: Iterator[tuple], fps: float) -> Iterator[np.ndarray]:
+    """A constant rate out of (seconds, frame): frame k shows what was on screen at k / fps."""
+    shown, due = None, 0
+    for seconds, image in timed:
+        while shown is not None and due / fps < seconds - 1e-6:
+            yield shown
+            due += 1
+        shown = image
+    if shown is not None:
+        yield shown
+
+
+def shrink(image: np.ndarray, shorter: int | None) -> np.ndarray:
+    """Scales so that the shorter side has `shorter` pixels; never enlarges."""
+    import cv2
+
+    height, width = image.shape[:2]
+    if not shorter or min(height, width) <= shorter:
+        return image
+    scale = shorter / min(height, width)
+    return cv2.resize(image, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA)

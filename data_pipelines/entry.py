@@ -1,0 +1,77 @@
+"""The command lines: `python -m data_pipelines.run` and each stage alone, with the same flags.
+
+python -m data_pipelines.STAGE --input=DIR|PARQUET|CSV --output=DIR [--OPTION=VALUE …] [--runner=local|ray]
+"""
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Sequence
+
+from data_pipelines import pipeline, tables
+from data_pipelines.pipeline import Options, Step
+from data_pipelines.stage import Stage, configure, find
+from opensora_jax.common.errors import UserError, guarded
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    made.add_argument("--input", required=True, help="a folder of videos, or a .parquet or .csv with a column path")
+    made.add_argument("--output", required=True, help="folder for results; a run continues what it finds there")
+    made.add_argument("--runner", choices=("local", "ray"), default="local")
+    made.add_argument(
+        "--ray_address", help="a running cluster, for example auto; without it Ray starts on this machine"
+    )
+    made.add_argument("--workers", type=int, help="most workers of a stage (default: one a core)")
+    made.add_argument("--batch_size", type=int, help="rows a worker finishes before they count as done")
+    made.add_argument("--max_error_share", type=float, default=0.1, help="stop when more rows than this share fail")
+    made.add_argument("--retry_errors", action="store_true", help="try rows again that failed in an earlier run")
+    made.add_argument("--quiet", action="store_true")
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return made
+
+
+def options(args: argparse.Namespace) -> Options:
+    return Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
+
+
+def stage(cls: type[Stage], argv: Sequence[str] | None = None) -> int:
+    """The entry of a stage's own module."""
+    name = getattr(cls, "__module__", "").rsplit(".", 1)[-1]
+    if name == "__main__":  # python -m data_pipelines.probe: workers must import the class by its real name
+        import sys
+
+        cls = find(getattr(sys.modules["__main__"].__spec__, "name", "").rsplit(".", 1)[-1])
+        name = cls.__module__.rsplit(".", 1)[-1]
+    import importlib
+
+    flags = parser(importlib.import_module(cls.__module__).__doc__)
+    hints = typing.get_type_hints(cls.Config)
+    for field in dataclasses.fields(cls.Config):
+        default = "required" if field.default is dataclasses.MISSING else f"default {field.default!r}"
+        flags.add_argument(
+            f"--{field.name}", help=f"{getattr(hints[field.name], '__name__', hints[field.name])}, {default}"
+        )
+
+    def main() -> None:
+        args = flags.parse_args(argv)
+        given = {f.name: getattr(args, f.name) for f in dataclasses.fields(cls.Config)}
+        config = configure(cls, {k: v for k, v in given.items() if v is not None})
+        table = tables.read_input(args.input)
+        steps = [Step(name, cls, config)]
+        probe = find("probe")
+        lacking = [c for c in cls.inputs(config) if c not in table.column_names]
+        if lacking and cls is not probe:
+            if not set(lacking) <= set(probe.columns_out):
+                raise UserError(f"{name} needs the column {lacking[0]}; --input has {', '.join(table.column_names)}")
+            keep = find("filter")
+            steps = [
+                Step("probe", probe, configure(probe, {})),
+                Step("usable", keep, configure(keep, {"keep": ("status == 'ok'",)})),
+                *steps,
+            ]
+        pipeline.run(steps, table, options(args))
+
+    return guarded(main)
