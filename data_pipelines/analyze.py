@@ -147,7 +147,8 @@ def report(summaries: list[Summary], output: str, title: str) -> dict:
         )
         cells.append(f'<figure><img src="{summary.name}.png" alt="{summary.name}"><table>{rows}</table></figure>')
     rows = summaries[0].rows if summaries else 0
-    style = "body{font:14px sans-serif;margin:2em}figure{display:inline-block;margin:1em;vertical-align:top}td{padding:0 1em 0 0}"
+    style = "body{font:14px sans-serif;margin:2em}figure{display:inline-block;margin:1em;vertical-align:top}"
+    style += "td{padding:0 1em 0 0}"
     page = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{style}</style>"
     page += f"<h1>{html.escape(title)}</h1><p>{rows} rows</p>{''.join(cells)}"
     files.write_bytes(files.join(output, "report.html"), page.encode())

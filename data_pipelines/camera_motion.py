@@ -56,9 +56,8 @@ class CameraMotion(Stage):
         share = count / len(votes)
         x, y, zoom, _ = np.median(moves, axis=0) * [rate, rate, rate, 1]
         word = word if share > config.least_agreement else "undetermined"
-        return dict(
-            cmotion=word, cmotion_agreement=share, camera_x=float(x), camera_y=float(y), camera_zoom=float(zoom)
-        )
+        speeds = {"camera_x": float(x), "camera_y": float(y), "camera_zoom": float(zoom)}
+        return {"cmotion": word, "cmotion_agreement": share, **speeds}
 
     def word(self, move: np.ndarray, rate: float) -> str:
         x, y, zoom, inliers = move

@@ -1,6 +1,7 @@
 """Captions from any server that speaks the OpenAI schema: vLLM, SGLang, Ollama, llama.cpp, hosted services.
 
-    python -m data_pipelines.caption --input=WORK/table.parquet --output=DIR --base_url=http://localhost:8000/v1 --model=NAME
+    python -m data_pipelines.caption --input=WORK/table.parquet --output=DIR \\
+        --base_url=http://localhost:8000/v1 --model=NAME
 
 Frames are sampled from the clip (three for GPT-4 in the reports, four for PLLaVA, 32 for LLaVA-Next), sent as JPEG data
 URLs with the prompt. 429, 5xx, time-outs and malformed answers are tried again with growing pauses; Retry-After is

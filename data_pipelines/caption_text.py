@@ -41,8 +41,8 @@ AESTHETIC = ((4, 4.5, 5, 5.5, 6, 6.5), ("terrible", "very poor", "poor", "fair",
 MOTION = ((0.5, 2, 5, 10, 20), ("very low", "low", "fair", "high", "very high", "extremely high"))
 # Every suffix that `scores` writes, so that one run can undo another.
 SUFFIX = re.compile(
-    r"(?:[.,]?\s+(?:(?:the )?aesthetic score(?::| is) [\w. ]*?\w|(?:the )?motion (?:score|strength)(?::| is) [\w. ]*?\w|"
-    r"camera motion: [\w +/]+|\d+(?:\.\d+)? FPS|\d+ motion score)\.?)+$",
+    r"(?:[.,]?\s+(?:(?:the )?aesthetic score(?::| is) [\w. ]*?\w|"
+    r"(?:the )?motion (?:score|strength)(?::| is) [\w. ]*?\w|camera motion: [\w +/]+|\d+(?:\.\d+)? FPS|\d+ motion score)\.?)+$",
     re.IGNORECASE,
 )
 

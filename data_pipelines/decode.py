@@ -13,6 +13,7 @@ import av
 import numpy as np
 
 from data_pipelines import files
+from opensora_jax.data import video_io
 
 
 def stream(path: str, *, longer: int | None = None, size: tuple[int, int] | None = None) -> Iterator[tuple]:
@@ -33,9 +34,7 @@ def stream(path: str, *, longer: int | None = None, size: tuple[int, int] | None
 def pixels(frame: av.VideoFrame, longer: int | None = None, size: tuple[int, int] | None = None) -> np.ndarray:
     turns = round(frame.rotation / 90) % 4
     height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
-    if size is None:
-        scale = min(1.0, longer / max(height, width)) if longer else 1.0
-        size = max(1, round(height * scale)), max(1, round(width * scale))
+    size = size or fitted(height, width, longer)
     stored = size[::-1] if turns % 2 else size
     if stored == (frame.height, frame.width):
         image = frame.to_ndarray(format="rgb24")
@@ -44,19 +43,16 @@ def pixels(frame: av.VideoFrame, longer: int | None = None, size: tuple[int, int
     return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
 
 
-def frames_at(path: str, numbers: Sequence[int], **scale) -> np.ndarray:
-    """The frames with these numbers (sorted or not, repeats allowed) [N, H, W, 3]; fails where the file is too short."""
-    wanted = set(numbers)
-    found = {}
-    for number, (_, image) in enumerate(stream(path, **scale)):
-        if number in wanted:
-            found[number] = image
-        if len(found) == len(wanted):
-            break
-    lost = sorted(wanted - found.keys())
-    if lost:
-        raise ValueError(f"frame {lost[0]} cannot be decoded: the file ends early")
-    return np.stack([found[number] for number in numbers])
+def frames_at(path: str, numbers: Sequence[int], *, longer: int | None = None, size=None) -> np.ndarray:
+    """The frames with these rising numbers [N, H, W, 3], scaled as `stream` does; an error where the file is too short."""
+    with files.fetched(path) as local:
+        return video_io.read_frames(local, indices=numbers, size=size or (lambda h, w: fitted(h, w, longer)))
+
+
+def fitted(height: int, width: int, longer: int | None) -> tuple[int, int]:
+    """The size at which the longer side has at most that many pixels."""
+    scale = min(1.0, longer / max(height, width)) if longer else 1.0
+    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def spread(total: int, count: int) -> list[int]:

@@ -99,7 +99,7 @@ def fetched(path: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[str]:
-    """A temporary local name (same suffix) whose content becomes `path` in one step when the block ends without error."""
+    """A temporary local name, same suffix; its content becomes `path` in one step when the block ends without error."""
     suffix = Path(str(path)).suffix
     if is_remote(path):
         fs, inner = system(path)

@@ -93,8 +93,8 @@ class Pack(Stage):
         manifest = write_manifest(config.folder, payload="video", frames=pc.sum(table["num_frames"]).as_py())
         if manifest["records"] != table.num_rows:
             raise UserError(
-                f"{config.folder} holds {manifest['records']} records and the table {table.num_rows} rows: earlier steps "
-                "now drop clips that were packed before; remove this folder and its meta/ part to pack anew"
+                f"{config.folder} holds {manifest['records']} records and the table {table.num_rows} rows: earlier "
+                "steps now drop clips that were packed before; remove this folder and its meta/ part to pack anew"
             )
 
 

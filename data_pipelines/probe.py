@@ -126,7 +126,7 @@ def timing(times: list[float], rate: float | None) -> tuple[float | None, bool]:
 
 
 def check(path: str, found: int, declared: int, decode: str):
-    """(status, reason, a decoded frame or None). A file that lost its end either lacks packets or fails to decode them."""
+    """(status, reason, a decoded frame or None). A file that lost its end lacks packets or fails to decode them."""
     with av.open(path) as container:
         video = container.streams.video[0]
         video.codec_context.thread_count = 1

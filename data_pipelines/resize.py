@@ -1,6 +1,6 @@
 """Files made uniform: container, size and rate, by exact re-encode. Every file becomes an mp4 in upright 4:2:0.
 
-    python -m data_pipelines.resize --input=VIDEOS --output=DIR [--shorter=720] [--height=360 --width=640] [--target_fps=24]
+    python -m data_pipelines.resize --input=VIDEOS --output=DIR [--shorter=720 | --height=360 --width=640]
 
 `shorter` scales the shorter side down (never up); `height` and `width` together scale to cover and cut the middle out.
 Variable rates become constant, rotation is applied, odd sides lose a line.

@@ -24,7 +24,7 @@ TRIES = 3  # of a batch that cannot be divided (a shard) and whose worker dies
 
 class Worker:
     """A stage inside an actor. Ray restarts an actor that dies and gives it the same batch again, without end; so a
-    worker notes what it is about to do, and whoever finds the note of a dead one goes on row by row to find the culprit.
+    worker notes what it is about to do, and whoever finds the note of a dead one goes on row by row to the culprit.
     """
 
     def __init__(self, stage: type[Stage], config: Any, folder: str, notes: str):

@@ -32,7 +32,7 @@ class Resources:
 
 
 class Stage:
-    """Rows in, rows out. Subclasses give `row` (one row) or `rows` (a batch); a failing row becomes an error, not a crash."""
+    """Rows in, rows out. Subclasses give `row` (one row) or `rows` (a batch); a row that fails becomes an error."""
 
     columns_in: ClassVar[tuple[str, ...]] = ()
     columns_out: ClassVar[dict[str, pa.DataType]] = {}

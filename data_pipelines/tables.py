@@ -124,7 +124,7 @@ def ordered(table: pa.Table) -> pa.Table:
 
 
 class Pieces:
-    """A table of any length as pieces of bounded size: Parquet (a file or a folder of parts) or CSV, local or remote."""
+    """A table of any length in pieces of bounded size: Parquet (a file or a folder of parts) or CSV, local or remote."""
 
     def __init__(self, source: str, rows: int = 1 << 18):
         source = files.absolute(source)
