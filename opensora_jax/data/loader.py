@@ -21,7 +21,7 @@ from opensora_jax.data.buckets import Bucket, BucketTable
 from opensora_jax.data.masks import MaskGenerator, condition_frames, latent_frames, pick_mask_type
 from opensora_jax.data.plan import Plan
 from opensora_jax.data.plan import Step as PlannedStep
-from opensora_jax.data.sources import JoinedSource, Source, open_source
+from opensora_jax.data.sources import JoinedSource, Source, media, open_source
 from opensora_jax.data.transforms import crop, frame_indices, normalize, scaled_size
 from opensora_jax.data.video_io import read_frames, resize
 
@@ -192,7 +192,7 @@ class StepSource:
             frames = record["frames"][indices]
             frames = resize(frames, scale(*frames.shape[1:3]))
         else:
-            frames = read_frames(_media(record), indices=indices, size=scale)
+            frames = read_frames(record.get("video") or media(record["path"]), indices=indices, size=scale)
         normalize(crop(frames, config.transform, size, rng), batch["video"][row])
         frames_out = latent_frames(
             bucket.num_frames, time_stride=config.time_stride, time_chunk_frames=config.time_chunk_frames
@@ -224,17 +224,6 @@ class StepSource:
             kind = pick_mask_type(self.config.mask_types, shared)
             mask[condition_frames(kind, frames, shared)] = False
         return mask
-
-
-def _media(record: dict):
-    if "video" in record:
-        return record["video"]
-    path = record["path"]
-    if "://" not in path:
-        return path
-    from etils import epath
-
-    return epath.Path(path).read_bytes()
 
 
 class Loader:

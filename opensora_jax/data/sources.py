@@ -13,7 +13,6 @@ import csv
 import os
 import re
 from functools import cached_property
-from pathlib import Path
 from typing import Protocol
 from urllib.parse import parse_qsl
 
@@ -183,7 +182,7 @@ class TableSource:
                 raise UserError(f"{table}: row {number + 1}, column `{key}`: {text!r} is not a number") from None
         if None in values:
             try:
-                info = probe(self._full(row["path"]))
+                info = probe(media(self._full(row["path"])))
             except VideoError:  # a shape of zeros fits no bucket: the report before training counts it as unreadable
                 return (0, 0, 0, 0.0)
             found = (info.num_frames, info.height, info.width, info.fps)
@@ -229,7 +228,7 @@ class TfdsSource:
         try:
             builder = tfds.builder_from_directory(folder)
             self._data = builder.as_data_source(split)
-        except (FileNotFoundError, ValueError, KeyError) as error:
+        except Exception as error:  # TFDS has a class of its own for every way in which a folder can be wrong
             raise UserError(f"data.source: tfds:{folder}?split={split} cannot be read: {error}") from None
         features = builder.info.features
         for name in (video, text):
@@ -279,6 +278,18 @@ class ShapesSource:
         return shapes.make_record(index, choices=self.choices, **self.options)
 
 
+def media(path: str) -> str | bytes:
+    """What a decoder can open: the path of a local file, the bytes of a remote one."""
+    if "://" not in path:
+        return path
+    from etils import epath
+
+    try:
+        return epath.Path(path).read_bytes()
+    except OSError as error:
+        raise VideoError(f"{path}: cannot be read ({error})") from None
+
+
 def _options(query: str, spec: str) -> dict:
     """The `?key=value` part of a shapes source."""
     known = ("count", "seed", "size", "num_frames", "colours")
@@ -290,10 +301,3 @@ def _options(query: str, spec: str) -> dict:
             raise UserError(f"data.source: {spec}: `{key}` must be a whole number, got {value!r}")
         options[key] = tuple(value.split(",")) if key == "colours" else int(value)
     return options
-
-
-def folder_of(spec: str) -> Path | None:
-    """The folder of shards that a source string names, where a manifest may lie."""
-    if spec.startswith(("shapes:", "tfds:")) or spec.endswith((".csv", ".parquet")):
-        return None
-    return Path(spec).parent if spec.endswith(records.SUFFIX) or "*" in spec else Path(spec)

@@ -123,6 +123,8 @@ def write_video(
     options = {"crf": str(crf)} if codec.startswith(("libx26", "libsvt", "libvpx")) else {}
     if codec == "libx265":
         options["x265-params"] = "log-level=none"
+    if codec == "libx264" and frames.shape[2] < 128:  # its macroblock tree reads past rows this short: output would vary
+        options["x264-params"] = "mbtree=0"
     kind = None if isinstance(target, str) else "mp4"
     with av.open(target, "w", format=kind) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
