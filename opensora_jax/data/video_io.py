@@ -123,7 +123,8 @@ def write_video(
     options = {"crf": str(crf)} if codec.startswith(("libx26", "libsvt", "libvpx")) else {}
     if codec == "libx265":
         options["x265-params"] = "log-level=none"
-    if codec == "libx264" and frames.shape[2] < 128:  # its macroblock tree reads past rows this short: output would vary
+    if codec == "libx264" and frames.shape[2] < 128:
+        # Its macroblock tree reads past rows this short, and the file would differ from call to call (libx264 165).
         options["x264-params"] = "mbtree=0"
     kind = None if isinstance(target, str) else "mp4"
     with av.open(target, "w", format=kind) as container:

@@ -1,7 +1,8 @@
 """The recorded tables of every version: buckets, masks, prompts."""
 
 import pytest
-from checks import check_case
+
+from tests.checks import check_case
 
 CASES = [f"v1{minor}_{table}" for minor in (1, 2, 3) for table in ("buckets", "prompt_utils")]
 
