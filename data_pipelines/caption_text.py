@@ -84,7 +84,7 @@ class CaptionText(Stage):
         text = clean(text) if config.clean else text
         if not text and config.empty == "error":
             raise ValueError("the caption is empty")
-        if config.scores != "none":
+        if config.scores != "none" and text:  # scores alone are no caption
             text = SUFFIX.sub("", text)
             text = with_scores(text, row, config)
         if config.append and text:

@@ -1,0 +1,166 @@
+"""Operations on whole data sets, analysis, and the original tools' CSV."""
+
+import functools
+import json
+import operator
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipelines import analyze, table, tables
+from data_pipelines.table import split_conditions, uniform
+from opensora_jax.common.errors import guarded
+
+
+@pytest.fixture
+def rows(tmp_path):
+    rng = np.random.default_rng(0)
+    count = 1000
+    made = pa.table(
+        {
+            "id": [f"clip{k:05d}" for k in range(count)],
+            "path": [f"/old/v/{k % 990}.mp4" for k in range(count)],
+            "text": [f'says "{k}", twice' if k % 3 else None for k in range(count)],
+            "num_frames": rng.integers(1, 200, count),
+            "height": [240, 720] * (count // 2),
+            "width": [426, 1280] * (count // 2),
+            "aes": np.where(rng.random(count) < 0.1, np.nan, rng.normal(5, 1, count)),
+            "flow": rng.exponential(5, count),
+        }
+    )
+    made = tables.set_column(made, "aes", pa.array(made["aes"].to_numpy(), from_pandas=True))
+    pq.write_table(made, tmp_path / "rows.parquet")
+    return made
+
+
+def run(monkeypatch, tmp_path, *words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["table", *words])
+    return guarded(table.main)
+
+
+def test_csv_of_the_originals_there_and_back(rows, tmp_path, monkeypatch):
+    assert run(monkeypatch, tmp_path, "convert", "--input=rows.parquet", "--output=o.csv", "--original") == 0
+    back = tables.read(str(tmp_path / "o.csv"))
+    assert back.column_names == ["path", "text", "num_frames", "width", "height", "aes", "flow"]
+    assert back["text"].to_pylist() == rows["text"].to_pylist()
+    assert np.allclose(back["aes"].fill_null(0), rows["aes"].fill_null(0))
+    assert run(monkeypatch, tmp_path, "convert", "--input=o.csv", "--output=b.parquet", "--columns=path,aes") == 0
+    assert pq.read_table(tmp_path / "b.parquet").column_names == ["path", "aes"]
+
+
+def test_filter_and_split_in_pieces(rows, tmp_path, monkeypatch, capsys):
+    assert (
+        run(
+            monkeypatch,
+            tmp_path,
+            "filter",
+            "--input=rows.parquet",
+            "--output=f.parquet",
+            "--keep=aes >= 5, num_frames > 20",
+        )
+        == 0
+    )
+    kept = pq.read_table(tmp_path / "f.parquet")
+    expected = [r for r in rows.to_pylist() if (r["aes"] or 0) >= 5 and r["num_frames"] > 20]
+    assert kept.to_pylist() == expected and f"{len(expected)} of 1000 rows kept" in capsys.readouterr().out
+    split = ["split", "--output=s.parquet", "--parts=train:0.8,val:0.15,test:0.05"]
+    assert run(monkeypatch, tmp_path, *split, "--input=rows.parquet") == 0
+    sides = {n: pq.read_table(tmp_path / f"s_{n}.parquet") for n in ("train", "val", "test")}
+    assert (
+        sorted(functools.reduce(operator.iadd, (s["id"].to_pylist() for s in sides.values()), []))
+        == rows["id"].to_pylist()
+    )
+    assert abs(sides["train"].num_rows - 800) < 50 and abs(sides["test"].num_rows - 50) < 30
+    assert run(monkeypatch, tmp_path, *split, "--input=f.parquet") == 0
+    assert set(pq.read_table(tmp_path / "s_val.parquet")["id"].to_pylist()) <= set(sides["val"]["id"].to_pylist())
+
+
+def test_hash_is_uniform_and_sees_every_letter():
+    values = uniform(pa.chunked_array([[f"{k}" for k in range(20000)]]), 0)
+    counts = np.histogram(values, 20, (0, 1))[0]
+    assert (counts > 880).all() and (counts < 1120).all()
+    ids = pa.chunked_array([["", "abc", "abd"], ["bbc", "abc"]])
+    value = uniform(ids, 0)
+    assert value[1] == value[4] and len(set(value.tolist())) == 4 and uniform(ids, 1)[1] != value[1]
+    assert uniform(ids.slice(1, 3), 0).tolist() == value[1:4].tolist()
+
+
+@pytest.mark.parametrize(
+    "words, check",
+    [
+        (["dedup"], lambda t, rows: t["path"].to_pylist() == rows["path"].to_pylist()[:990]),
+        (["sort", "--by=flow", "--descending"], lambda t, _: (np.diff(t["flow"].to_numpy()) <= 0).all()),
+        (["head", "--rows=7"], lambda t, rows: t.equals(rows.slice(0, 7))),
+        (["shuffle"], lambda t, rows: t["id"] != rows["id"] and t.sort_by("id").equals(rows)),
+        (["sample", "--rows=50"], lambda t, rows: t.num_rows == 50 and len(set(t["id"].to_pylist())) == 50),
+        (["root", "--root=/new", "--old=/old"], lambda t, _: t["path"][3].as_py() == "/new/v/3.mp4"),
+        (["root", "--root=/old", "--relative"], lambda t, _: t["path"][3].as_py() == "v/3.mp4"),
+    ],
+)
+def test_verbs_on_one_table(rows, tmp_path, monkeypatch, words, check):
+    assert run(monkeypatch, tmp_path, *words, "--input=rows.parquet", "--output=o.parquet") == 0
+    assert check(pq.read_table(tmp_path / "o.parquet"), rows)
+
+
+def test_verbs_on_several_tables(rows, tmp_path, monkeypatch):
+    first, second = rows.slice(0, 600), rows.slice(400).drop_columns(["aes"]).append_column("ocr", pa.array(range(600)))
+    pq.write_table(first, tmp_path / "a.parquet")
+    pq.write_table(second, tmp_path / "b.parquet")
+    both = ["--input=a.parquet,b.parquet", "--output=o.parquet"]
+    read = lambda: pq.read_table(tmp_path / "o.parquet")
+    assert (
+        run(monkeypatch, tmp_path, "merge", *both) == 0 and read().num_rows == 1200 and read()["ocr"].null_count == 600
+    )
+    assert run(monkeypatch, tmp_path, "join", *both) == 0
+    assert read().num_rows == 600 and read()["ocr"].to_pylist() == [None] * 400 + list(range(200))
+    assert (
+        run(monkeypatch, tmp_path, "subtract", *both) == 0 and read()["id"].to_pylist() == rows["id"].to_pylist()[:400]
+    )
+    assert run(monkeypatch, tmp_path, "intersect", *both) == 0 and read().num_rows == 200
+    assert run(monkeypatch, tmp_path, "shard", "--input=a.parquet", "--output=o.parquet", "--parts=7") == 0
+    parts = [pq.read_table(tmp_path / f"o_{k:03d}.parquet") for k in range(7)]
+    assert pa.concat_tables(parts).equals(first)
+    assert run(monkeypatch, tmp_path, "bucket", "--input=a.parquet", "--output=o.parquet", "--rows=1") == 0
+    shapes = read().select(["height", "width", "num_frames"]).to_pylist()
+    assert len({tuple(s.values()) for s in shapes}) == len(shapes) > 150
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["filter", "--input=rows.parquet", "--output=o.parquet", "--keep=aez > 1"], "did you mean aes"),
+        (["filter", "--input=rows.parquet", "--output=o.txt", "--keep=aes > 1"], "tables are .parquet or .csv"),
+        (["join", "--input=rows.parquet", "--output=o.parquet"], "join needs 2 inputs"),
+        (["sort", "--input=rows.parquet", "--output=o.parquet", "--by=nope"], "has no column nope"),
+        (["split", "--input=rows.parquet", "--output=o.parquet", "--parts=a:0.5,b:0.4"], "add up to 0.9"),
+        (["info", "--input=none.parquet"], "does not exist"),
+    ],
+)
+def test_mistakes_are_one_sentence(rows, tmp_path, monkeypatch, capsys, words, message):
+    assert run(monkeypatch, tmp_path, *words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_analysis_counts_right(rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["analyze", f"--input={tmp_path / 'rows.parquet'}", f"--output={tmp_path / 'r'}"])
+    assert guarded(analyze.main) == 0
+    facts = json.loads((tmp_path / "r" / "report.json").read_text())
+    aes = rows["aes"].drop_null().to_numpy()
+    assert facts["aes"]["missing"] == rows["aes"].null_count and facts["aes"]["mean"] == pytest.approx(aes.mean())
+    for q in (5, 50, 95):
+        assert facts["aes"][f"p{q}"] == pytest.approx(np.percentile(aes, q), abs=0.02)
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert "1000 rows" in page and all((tmp_path / "r" / f"{name}.png").stat().st_size > 1000 for name in facts)
+    assert "flow rows 1000, missing 0" in capsys.readouterr().out
+
+
+def test_conditions_are_parted_outside_brackets_and_quotes():
+    assert list(split_conditions("a in (1, 2),contains(t, 'x,y'), b > 1")) == [
+        "a in (1, 2)",
+        "contains(t, 'x,y')",
+        " b > 1",
+    ]
