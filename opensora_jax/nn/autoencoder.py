@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from opensora_jax.kernels.attention import attention
@@ -39,9 +40,26 @@ class AttentionBlock(nnx.Module):
         self.norm = GroupNorm(features, groups=groups, eps=eps, param_dtype=param_dtype)
         self.q, self.k, self.v, self.proj = (Linear(features, features, **kwargs) for _ in range(4))
 
-    def __call__(self, x, **masking):
-        """masking: what kernels.attention takes, e.g. causal=True."""
+    def __call__(self, x, attend: Callable = attention):
+        """attend: attention over q, k, v [B, N, 1, C] with the masking of the family."""
         batch, *space, features = x.shape
         h = self.norm(x).reshape(batch, math.prod(space), features)
         q, k, v = (project(h)[:, :, None] for project in (self.q, self.k, self.v))
-        return x + self.proj(attention(q, k, v, **masking)[:, :, 0]).reshape(x.shape)
+        return x + self.proj(attend(q, k, v)[:, :, 0]).reshape(x.shape)
+
+
+def frame_causal_attention(q, k, v, *, frames: int):
+    """[B, frames * N, heads, d]: a position sees its own frame and those before it. Frame by frame, so that neither a
+    mask nor the scores of the whole clip are ever held."""
+    batch, tokens, heads, dim = q.shape
+    per_frame = tokens // frames
+    if frames == 1:
+        return attention(q, k, v)
+
+    def one(frame):
+        index, q = frame
+        return attention(q, k, v, kv_lengths=jnp.full((batch,), (index + 1) * per_frame))
+
+    by_frame = jnp.moveaxis(q.reshape(batch, frames, per_frame, heads, dim), 1, 0)
+    out = jax.lax.map(one, (jnp.arange(frames), by_frame))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, tokens, heads, -1)

@@ -23,7 +23,7 @@ from opensora_jax.nn.linear import Conv
 from opensora_jax.nn.norms import GroupNorm
 from opensora_jax.nn.taps import tap
 from opensora_jax.vaes.posterior import Posterior
-from opensora_jax.vaes.tiling import tiled
+from opensora_jax.vaes.tiling import Tiles, over_space
 
 RESNETS_3D = ("ResnetBlock3D",) * 4
 
@@ -112,8 +112,9 @@ class CausalVAE(nnx.Module):
     def posterior(self, x) -> Posterior:
         """x [B, T, H, W, 3] in [-1, 1]; unscaled."""
         cfg, x = self.cfg, x.astype(self.cfg.dtype)
-        if cfg.tiling and max(x.shape[2:4]) > cfg.tile_sample_min_size:
-            return Posterior.of(self._tiled(self._moments, x, cfg.tile_sample_min_size, cfg.tile_latent))
+        tiles = Tiles.of(cfg.tile_sample_min_size, cfg.tile_latent, overlap=cfg.tile_overlap_factor)
+        if cfg.tiling and tiles.cut(*x.shape[2:4]):
+            return Posterior.of(over_space(self._moments, x, tiles))
         return Posterior.of(self._moments(x))
 
     def encode(self, x, key=None, noise=None):
@@ -127,8 +128,9 @@ class CausalVAE(nnx.Module):
     def pixels(self, z):
         """From unscaled latents."""
         cfg, z = self.cfg, z.astype(self.cfg.dtype)
-        if cfg.tiling and max(z.shape[2:4]) > cfg.tile_latent:
-            return self._tiled(self._pixels, z, cfg.tile_latent, cfg.tile_sample_min_size).astype(jnp.float32)
+        tiles = Tiles.of(cfg.tile_latent, cfg.tile_sample_min_size, overlap=cfg.tile_overlap_factor)
+        if cfg.tiling and tiles.cut(*z.shape[2:4]):
+            return over_space(self._pixels, z, tiles).astype(jnp.float32)
         return self._pixels(z).astype(jnp.float32)
 
     def __call__(self, x, key=None):
@@ -141,11 +143,6 @@ class CausalVAE(nnx.Module):
 
     def _pixels(self, z):
         return self.decoder(self.post_quant_conv(z))
-
-    def _tiled(self, network, x, tile: int, out: int):
-        overlap = self.cfg.tile_overlap_factor
-        blend = int(out * overlap)
-        return tiled(network, x, tile=tile, stride=int(tile * (1 - overlap)), blend=blend, keep=out - blend)
 
 
 class Encoder(nnx.Module):

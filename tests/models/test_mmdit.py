@@ -12,20 +12,13 @@ from opensora_jax.common.packing import pack, unpack
 from opensora_jax.common.shapes import LatentShape
 from opensora_jax.models import mmdit
 from opensora_jax.nn.params import Network
-from opensora_jax.verify.__main__ import verify_case
-from opensora_jax.verify.adapters.mmdit import FAMILIES
 from opensora_jax.verify.case import Case
-from tests.weights import manifests
+from tests.checks import check_case, check_manifest, check_round_trip, existing, random_params
 
 TINY = mmdit.Config(
     in_channels=8, vec_in_dim=6, context_in_dim=10, hidden_size=24, num_heads=2, depth=2, depth_single_blocks=2,
     axes_dim=(4, 4, 4), mlp_ratio=2.0,
 )  # fmt: skip
-
-
-def network(cfg):
-    net = Network.of(lambda rngs: mmdit.build(cfg, rngs=rngs))
-    return net, net.init(jax.random.key(0))
 
 
 def batch(cfg, **changes):
@@ -36,22 +29,28 @@ def batch(cfg, **changes):
 
 @pytest.fixture(scope="module")
 def tiny():
-    net, params = network(TINY)
-    params["cond_in"]["kernel"] = jax.random.normal(jax.random.key(2), params["cond_in"]["kernel"].shape)
+    net = Network.of(lambda rngs: mmdit.build(TINY, rngs=rngs))
+    params = random_params(net)
     return net, params, jax.jit(net.__call__)
 
 
-@pytest.mark.parametrize("name", ["mmdit_release_like", "mmdit_fused_guidance_embednd"])
+CASES = ["mmdit_release_like", "mmdit_fused_guidance_embednd"]
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_recorded_activations(goldens, name):
-    case = Case(goldens / name)
-    results = verify_case(case, FAMILIES[case.family])
-    assert len(results) == len(case.outputs)
-    assert not [r for r in results if not r.ok]
+    check_case(goldens, name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_round_trip(goldens, name):
+    case = Case(existing(goldens / name))
+    check_round_trip(case.weights, "models", "mmdit", case.config)
 
 
 @pytest.mark.parametrize("preset", ["opensora2_mmdit_11b", "opensora2_mmdit_11b_dcae"])
-def test_full_size_names(goldens, preset):
-    assert manifests.check(goldens, preset, "models", "mmdit") == mmdit.PRESETS[preset]
+def test_full_size_names_and_count(goldens, preset):
+    check_manifest(goldens, preset, "models", "mmdit", preset=preset)
 
 
 def test_flux_is_the_same_network_with_other_options():
