@@ -81,7 +81,7 @@ class Linear:
     def init(self, latents, *, key=None) -> State:
         """latents: standard normal noise; key: for the methods that add noise on the way."""
         latents = latents * jnp.asarray(self.table.init_scale, latents.dtype)
-        anchor = latents if self.table.anchors.any() else None
+        anchor = jnp.zeros_like(latents) if self.table.anchors.any() else None
         return State(latents, key, anchor, jnp.zeros((self.table.past.shape[1], *latents.shape), jnp.float32))
 
     def step(self, predict: Callable, state: State, i, times, *, noise=None) -> State:

@@ -47,7 +47,8 @@ def loss(case: Case, run: str, *, float32: bool) -> dict:
     if "mask" in given:
         batch["x_mask"] = jnp.asarray(given["mask"])
     noise, t = jnp.asarray(channels_last(given["noise"])), jnp.asarray(given["t"])
-    _, terms = iddpm.loss(lambda x, t, **_: output, batch, None, cfg, noise=noise, t=t)
+    weights = jnp.asarray(given["weights"]) if "weights" in given else None
+    _, terms = iddpm.loss(lambda x, t, **_: output, batch, None, cfg, noise=noise, t=t, weights=weights)
     return {"loss": terms["loss_per_sample"], **{k: v for k, v in terms.items() if k in ("mse", "vb")}}
 
 

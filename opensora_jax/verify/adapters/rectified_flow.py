@@ -54,7 +54,7 @@ def loss(case: Case, run: str, *, stem: str, cfg: rf.Config) -> dict:
     if run == "masked":
         batch["x_mask"] = jnp.asarray(given["mask"])
     weights, at = None, t
-    if run == "weighted":  # the reference can index its weights with whole steps only, so it was given those
+    if run.endswith("weighted"):  # the reference can index its weights with whole steps only, so it was given those
         weights, at = jnp.asarray(given["weights"]), jnp.floor(t)
     _, metrics = rf.loss(network(case, stem), batch, None, cfg, noise=noise, t=at, weights=weights)
     return {"loss": metrics["loss_per_sample"], "add_noise": channels_first(rf.add_noise(x, noise, t))}
@@ -78,18 +78,18 @@ def sample(case: Case, run: str, *, stem: str, version: dict) -> dict:
     ramp = {}
     if scheduler.get("scale_image_weight"):
         ramp = {"image_floor": scheduler.get("initial_image_scale", 1.0), "ramp_steps": solver.steps}
+    z, conditions = jnp.asarray(channels_last(given["z"])), branches(given)
     guidance = Guidance(
-        cfg["cfg_scale"],
+        options.get("guidance_scale", cfg["cfg_scale"]),
         options.get("image_cfg_scale", cfg["cfg_scale"]),
         oscillate_text=options.get("use_oscillation_guidance_for_text", oscillate),
         oscillate_image=options.get("use_oscillation_guidance_for_image", oscillate),
         full_steps=scheduler.get("force_num", 10),
-        rescale=0.7 if scheduler.get("use_flaw_fix") and "mask_index" not in given else 0.0,
+        rescale=0.7 if scheduler.get("use_flaw_fix") and len(conditions) == 2 else 0.0,
         **ramp,
     )
-    z, conditions = jnp.asarray(channels_last(given["z"])), branches(given)
     reference = None
-    if options.get("use_sdedit"):
+    if options.get("use_sdedit") and len(conditions) == 3:
         z_cond, frames = conditions[0]["cond"], jnp.asarray(given["z_cond_mask"][:, 0, :, 0, 0])
         reference = (z_cond, frames)
     noise = None if "noise" not in given else [channels_last(n) for n in given["noise"]]
@@ -106,7 +106,7 @@ def branches(given: dict) -> tuple[dict, ...]:
         negative = {"y": jnp.asarray(given["y_neg"][:, 0]), "text_mask": jnp.asarray(given["y_neg_mask"])}
     else:
         negative = null
-    if "mask_index" not in given:
+    if not len(given.get("mask_index", ())):
         return full, full | negative
     cond, cond_mask = (jnp.asarray(channels_last(given[name])) for name in ("z_cond", "z_cond_mask"))
     full |= {"cond": cond * cond_mask, "cond_mask": cond_mask, "y_null": null["y"]}
