@@ -72,8 +72,9 @@ PRESETS = {
     "LatteT2V-XL/122-65x256": Config(sample_size=(32, 32)),
     "LatteT2V-XL/122-17x256": Config(sample_size=(32, 32), video_length=5),
     "Latte-XL/122": Config(caption_channels=0),
+    "LatteT2V-XL/2-vchitect": Config(video_length=5),  # whose times have unit steps at any length
 }
-REPOSITORIES = {name: "LanguageBind/Open-Sora-Plan-v1.0.0" for name in PRESETS if name.startswith("LatteT2V")}
+REPOSITORIES = {name: "LanguageBind/Open-Sora-Plan-v1.0.0" for name in PRESETS if name.startswith("LatteT2V-XL/122")}
 
 
 def build(cfg: Config, *, rngs: nnx.Rngs) -> "LatteT2V":

@@ -45,10 +45,12 @@ class LabelEmbedder(nnx.Module):
     """Class ids; the last row (only when classes can be dropped) is "no class"."""
 
     def __init__(self, classes, features, *, drop_prob, dtype, param_dtype, rngs):
-        self.null_id = classes
+        self.null_id, self.droppable = classes, drop_prob > 0
         self.table = Embed(classes + (drop_prob > 0), features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, labels, drop=None):
+        if drop is not None and not self.droppable:
+            raise ValueError("labels cannot be dropped: the network was built without a null class")
         return self.table(labels if drop is None else jnp.where(drop, self.null_id, labels))
 
 

@@ -36,15 +36,15 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, *, rngs: nnx.Rngs)
     return nnx.vmap(make, in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})(rngs.split(depth))
 
 
-def run_stack(body: Callable, x, layers, *, remat: str = "none"):
+def run_stack(body: Callable, x, layers, *, remat: str = "none", first: int = 0):
     """x = body(x, layer) over the leading axis of `layers`. While activations are recorded the loop is unrolled and
-    each layer's taps are named `<index>/<name>`."""
+    each layer's taps are named `<index>/<name>`, counted from `first` where a network has several runs of layers."""
     if remat not in REMAT:
         raise ValueError(f"remat={remat!r} is unknown; choose one of {', '.join(REMAT)}")
     depth = jax.tree.leaves(layers)[0].shape[0]
     if taps.recording():
         for i in range(depth):
-            with taps.scope(f"{i}/"):
+            with taps.scope(f"{first + i}/"):
                 x = body(x, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
         return x
     step = lambda carry, layer: (body(carry, layer), None)

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from opensora_jax.nn import taps
+from opensora_jax.sampling.guidance import Guidance
 
 
 @partial(jax.jit, static_argnums=0)
@@ -34,3 +36,13 @@ def intermediates(case, run: str, seen: Mapping, names: Mapping[str, str]) -> di
         for tap, name in names.items()
         if tap in seen and f"inter.{name}" in recorded
     }
+
+
+def guided(net, params, x, named: Mapping, scale: float, *, channels: int):
+    """Classifier-free guidance as the image models have it: both halves of the batch [conditional, null] see the first
+    half of x, only some channels are guided, and each half keeps its own others."""
+    half = jnp.split(jnp.asarray(x), 2)[0]
+    out = net(params, jnp.concatenate([half, half]), **named)
+    mix = Guidance(scale, channels=channels)(lambda x, t: out, ({}, {}), half, jnp.zeros(len(half)))
+    others = jnp.split(out, 2)[1][..., channels:]
+    return jnp.concatenate([mix, jnp.concatenate([mix[..., :channels], others], -1)])

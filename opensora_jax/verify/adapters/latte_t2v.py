@@ -20,7 +20,7 @@ def replay(case: Case, run: str) -> dict:
     images = args.get("use_image_num", 0)
     options = {
         "images": images,
-        "temporal": args.get("enable_temporal_attentions", True),
+        "temporal": args.get("enable_temporal_attentions", args.get("temporal", True)),
         # The reference forgets temporal positions in joint training without gradient checkpointing.
         "place": not (images and args.get("train") and not args.get("gradient_checkpointing")),
     }
