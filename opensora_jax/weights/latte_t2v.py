@@ -75,8 +75,10 @@ def config_from(shapes, config: dict) -> dict:
         found["num_classes"] = shapes["class_embedder.embedding_table.weight"][0] - 1
     ours = {"norm_eps": "norm_eps", "activation_fn": "activation", "video_length": "video_length"}
     found |= {ours[key]: config[key] for key in ours if config.get(key) is not None}
-    if "video_length" in config and "patch_size_t" not in config:
-        found["video_length"] = 5  # Vchitect's own never stretches time, and 5 is the length with unit steps
+    if "video_length" in config and isinstance(config.get("sample_size"), int):
+        found["video_length"] = (
+            5  # Vchitect's, of square latents, never stretches time: 5 is the length with unit steps
+        )
     found["only_cross_attention"] = bool(config.get("only_cross_attention")) and text
     size = config.get("sample_size")
     if size is not None:
