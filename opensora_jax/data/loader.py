@@ -230,7 +230,7 @@ class Loader:
     """Iterates over steps; `position` and `check_position` are what a checkpoint needs."""
 
     def __init__(self, steps: StepSource, start_step: int):
-        self.config, self.plan = steps.config, steps.plan
+        self.config, self.plan, self.latents = steps.config, steps.plan, steps.source.latents
         self.plan_hash = self.plan.fingerprint()
         self.next_step = start_step
         self.bad = Counter()  # id → times met

@@ -7,6 +7,7 @@ be asked for what it never saw; every colour, shape and direction occurs on both
 """
 
 import argparse
+import colorsys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,15 +84,18 @@ def scenes(split: str, colours: tuple[str, ...] = tuple(COLOURS)) -> list[Scene]
     return [scene for scene in every if split == "all" or (scene.triple in HELD_OUT) == (split == "heldout")]
 
 
-def draw(scene: Scene, rng: np.random.Generator, *, num_frames: int = 17, size: int = 64) -> np.ndarray:
-    """[T, size, size, 3] uint8: random radius, start and speed; the shape is whole in every frame and clearly moves."""
+def draw(scene: Scene, rng: np.random.Generator, *, num_frames: int = 17, size: int = 64, paint=None) -> np.ndarray:
+    """[T, size, size, 3] uint8: random radius, start and speed; the shape is whole in every frame and clearly moves.
+    paint: RGB in place of the scene's colour."""
     radius = size * rng.uniform(0.14, 0.21)
     low, high = radius + 1, size - 1 - radius
     travel = rng.uniform(0.28 * size, high - low)
     first = rng.uniform(low, high - travel)
     across = rng.uniform(low, high)
     grey = rng.uniform(*BACKGROUNDS[scene.background])
-    paint = np.clip(np.array((COLOURS | NOVEL_COLOURS)[scene.colour]) + rng.uniform(-8, 8, 3), 0, 255)
+    if paint is None:
+        paint = np.array((COLOURS | NOVEL_COLOURS)[scene.colour])
+    paint = np.clip(paint + rng.uniform(-8, 8, 3), 0, 255)
 
     rows, columns = DIRECTIONS[scene.direction]
     along = first + np.linspace(0, travel, num_frames)
@@ -116,13 +120,30 @@ def _distance(shape: str, y: np.ndarray, x: np.ndarray, radius: float) -> np.nda
     return np.maximum(y - side / 2, abs(x) * np.sqrt(0.75) - y / 2 - side / 2)
 
 
+def any_paint(rng: np.random.Generator) -> np.ndarray:
+    """Any RGB but near the hues of NOVEL_COLOURS: a VAE should know colours in general, and still never have seen these."""
+    avoid = [colorsys.rgb_to_hsv(*(np.array(rgb) / 255))[0] for rgb in NOVEL_COLOURS.values()]
+    while True:
+        hue, saturation, value = rng.uniform((0, 0.4, 0.4), 1)
+        if all(min(abs(hue - h), 1 - abs(hue - h)) > 15 / 360 for h in avoid):
+            return np.array(colorsys.hsv_to_rgb(hue, saturation, value)) * 255
+
+
 def make_record(
-    index: int, *, seed: int, choices: list[Scene], num_frames: int = 17, size: int = 64, fps: float = 8.0
+    index: int,
+    *,
+    seed: int,
+    choices: list[Scene],
+    num_frames: int = 17,
+    size: int = 64,
+    fps: float = 8.0,
+    paint: str = "named",
 ) -> dict:
-    """Clip `index` as a record whose pixels are not yet encoded: `frames` in place of `video`."""
+    """Clip `index` as a record whose pixels are not yet encoded: `frames` in place of `video`. paint="any" draws shapes
+    in colours that the caption does not name."""
     rng = np.random.default_rng((seed, index))
     scene = choices[rng.integers(len(choices))]
-    frames = draw(scene, rng, num_frames=num_frames, size=size)
+    frames = draw(scene, rng, num_frames=num_frames, size=size, paint=any_paint(rng) if paint == "any" else None)
     return {
         "id": f"shapes-{seed}-{index:07d}",
         "text": scene.caption,

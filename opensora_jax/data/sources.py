@@ -6,7 +6,7 @@ record `i` as a dict: `id, text, num_frames, fps, height, width` and one of `vid
     FOLDER, FOLDER/*.array_record      shards of our records (records.py); also gs:// and s3://
     clips.csv, clips.parquet           path, text and, when known, num_frames, height, width, fps (else probed)
     tfds:FOLDER[?split=train]          a prepared TFDS data set with `video` and `text` features
-    shapes:train[?count=4096&seed=0&size=64&num_frames=17&colours=red,orange]
+    shapes:train[?count=4096&seed=0&size=64&num_frames=17&colours=red,orange&paint=any]
 """
 
 import csv
@@ -263,11 +263,23 @@ class ShapesSource:
 
     latents = False
 
-    def __init__(self, split="train", *, count=4096, seed=0, size=64, num_frames=17, colours=tuple(shapes.COLOURS)):
+    def __init__(
+        self,
+        split="train",
+        *,
+        count=4096,
+        seed=0,
+        size=64,
+        num_frames=17,
+        colours=tuple(shapes.COLOURS),
+        paint="named",
+    ):
+        if paint not in ("named", "any"):
+            raise UserError(f"shapes: paint must be named or any, got {paint!r}")
         self.choices = shapes.scenes(split, colours)
         if not self.choices:
             raise UserError(f"shapes: split {split!r} holds no scene in {', '.join(colours)}")
-        self.options = {"seed": seed, "size": size, "num_frames": num_frames}
+        self.options = {"seed": seed, "size": size, "num_frames": num_frames, "paint": paint}
         self.shapes = np.tile(np.array([num_frames, size, size], np.int32), (count, 1))
         self.fps = np.full(count, 8, np.float32)
 
@@ -292,12 +304,12 @@ def media(path: str) -> str | bytes:
 
 def _options(query: str, spec: str) -> dict:
     """The `?key=value` part of a shapes source."""
-    known = ("count", "seed", "size", "num_frames", "colours")
+    known = ("count", "seed", "size", "num_frames", "colours", "paint")
     options = dict(parse_qsl(query))
     for key, value in options.items():
         if key not in known:
             raise UserError(f"data.source: {spec}: unknown option `{key}`; one of {', '.join(known)}")
-        if key != "colours" and not re.fullmatch(r"\d+", value):
+        if key not in ("colours", "paint") and not re.fullmatch(r"\d+", value):
             raise UserError(f"data.source: {spec}: `{key}` must be a whole number, got {value!r}")
-        options[key] = tuple(value.split(",")) if key == "colours" else int(value)
+        options[key] = value if key == "paint" else tuple(value.split(",")) if key == "colours" else int(value)
     return options

@@ -46,7 +46,14 @@ class Network:
 
     @classmethod
     def of(cls, build: Callable[[nnx.Rngs], nnx.Module]) -> "Network":
-        graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+        found = {}
+
+        def states():
+            found["graphdef"], state = nnx.split(build(nnx.Rngs(0)))
+            return state
+
+        state = jax.eval_shape(states)  # nnx.eval_shape would look for the logical names on a mesh that is in use
+        graphdef = found["graphdef"]
         is_variable = lambda x: isinstance(x, nnx.Variable)
         describe = lambda f: nnx.to_pure_dict(
             jax.tree.map(lambda v: v.replace(_Leaf(f(v))), state, is_leaf=is_variable)

@@ -71,3 +71,14 @@ def constrain(x, *names: str | None):
     if where is None:
         return x
     return jax.lax.with_sharding_constraint(x, where.sharding(names, x.shape))
+
+
+def place_batch(batch: dict, where: Layout) -> dict:
+    """Host arrays of this process → global arrays, cut along the batch axis; every process brings its own rows."""
+
+    def place(array):
+        rows = array.shape[0] * jax.process_count()
+        sharding = where.sharding(("batch", *[None] * (array.ndim - 1)), (rows, *array.shape[1:]))
+        return jax.make_array_from_process_local_data(sharding, array)
+
+    return {name: place(array) for name, array in batch.items()}

@@ -1,0 +1,1 @@
+FOLDER_OF_CHECKPOINTS = "checkpoints"

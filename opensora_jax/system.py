@@ -1,0 +1,124 @@
+"""The networks of one video diffusion system, and how a batch flows through them.
+
+Training, feature encoding and sampling share this: which parts there are, how captions and pixels become what the
+denoiser consumes, and the loss of a run. Parameters stay outside, in plain trees {"denoiser", "vae", "text_encoder"}.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from opensora_jax.common.shapes import LatentShape
+from opensora_jax.config import Part
+from opensora_jax.nn.params import Network
+
+# Batch name → the argument of a denoiser that takes it; other names agree.
+RENAMED = {"text_emb": "y"}
+
+
+@dataclass(frozen=True)
+class System:
+    denoiser: Part | None = None
+    vae: Part | None = None
+    text_encoder: Part | None = None
+
+    @cached_property
+    def networks(self) -> dict[str, Network]:
+        return {name: part.network() for name, part in self.parts.items()}
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        named = {"denoiser": self.denoiser, "vae": self.vae, "text_encoder": self.text_encoder}
+        return {name: part for name, part in named.items() if part is not None}
+
+    @cached_property
+    def takes(self) -> frozenset[str]:
+        """Names of the denoiser's inputs."""
+        shape = LatentShape(1, 2, 4, 4, 4)
+        return frozenset(self.denoiser.module.inputs(self.denoiser.config, shape))
+
+    def latent_size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Latent frames, height and width of a video."""
+        assert self.vae is not None
+        return self.vae.module.latent_size(self.vae.config, frames, height, width)
+
+    def encode_text(self, params, tokens, mask):
+        """[B, L] ids → [B, L, D] features, float32."""
+        return self.networks["text_encoder"](params, tokens, mask).astype(jnp.float32)
+
+    def encode_video(self, params, video, key=None):
+        """[B, T, H, W, 3] in [-1, 1] → latents; a draw of the posterior with a key, its mean without."""
+        return self.networks["vae"](params, video, key, method="encode").astype(jnp.float32)
+
+    def decode_video(self, params, latents, frames: int):
+        return self.networks["vae"](params, latents, frames, method="decode").astype(jnp.float32)
+
+    def features(self, batch: dict, frozen: dict, key=None) -> dict:
+        """A batch with latents and text features, whether it brought them or pixels and tokens."""
+        batch = dict(batch)
+        if "latents" not in batch:
+            latents = self.encode_video(frozen["vae"], batch.pop("video"), key)
+            batch["latents"] = jax.lax.stop_gradient(latents)
+        if "text_emb" not in batch and "text_tokens" in batch:
+            features = self.encode_text(frozen["text_encoder"], batch.pop("text_tokens"), batch.get("text_mask"))
+            batch["text_emb"] = jax.lax.stop_gradient(features)
+        return batch
+
+    def conditioning(self, batch: dict) -> dict:
+        """What of a batch the denoiser consumes, under its argument names."""
+        named = {RENAMED.get(name, name): value for name, value in batch.items()}
+        if "ar" in self.takes and "ar" not in named:
+            named["ar"] = named["height"] / named["width"]
+        return {name: value for name, value in named.items() if name in self.takes and name not in ("x", "t")}
+
+    def denoise(self, params, x, t, **conditioning) -> Any:
+        return self.networks["denoiser"](params, x, t, **conditioning)
+
+    def diffusion_loss(self, objective, objective_config, text_dropout: float):
+        """loss_fn(params, batch, key, frozen) for training/step.py."""
+
+        def loss_fn(params, batch, key, frozen):
+            key_vae, key_drop, key_loss, key_model = jax.random.split(key, 4)
+            batch = self.features(batch, frozen, key_vae)
+            extra = {}
+            if text_dropout and "y" in self.takes:
+                extra["drop_text"] = jax.random.bernoulli(key_drop, text_dropout, (batch["latents"].shape[0],))
+            if getattr(self.denoiser.config, "drop_path", 0):
+                extra["key"] = key_model
+            known = self.conditioning(batch)
+
+            def model_fn(x, t, **given):
+                return self.denoise(
+                    params, x, t, **{name: given.get(name, value) for name, value in known.items()}, **extra
+                )
+
+            fields = {name: batch[name] for name in ("latents", "x_mask", *SIZES) if name in batch}
+            loss, metrics = objective.loss(model_fn, fields, key_loss, objective_config)
+            return loss, metrics
+
+        return loss_fn
+
+    def reconstruction_loss(self, cfg, perceptual=None):
+        """loss_fn of task="vae": L1, optional L2, KL and perceptual terms on pixels."""
+
+        def loss_fn(params, batch, key, frozen):
+            video = batch["video"]
+            out = self.networks["vae"](params, video, key)
+            error = out.x_rec.astype(jnp.float32) - video
+            terms = {"l1": jnp.abs(error).mean(), "kl": out.posterior.kl().mean()}
+            loss = terms["l1"] + cfg.kl_weight * terms["kl"]
+            if cfg.l2_weight:
+                terms["l2"] = jnp.square(error).mean()
+                loss += cfg.l2_weight * terms["l2"]
+            if perceptual is not None:
+                terms["perceptual"] = perceptual(frozen["perceptual"], out.x_rec, video).mean()
+                loss += cfg.perceptual_weight * terms["perceptual"]
+            return loss, terms
+
+        return loss_fn
+
+
+SIZES = ("fps", "height", "width", "num_frames")

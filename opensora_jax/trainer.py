@@ -1,0 +1,211 @@
+"""What train.py's page calls: the run's network, its compiled step, captions to tokens, samples and exports.
+
+Everything here follows from the configuration; nothing here loops.
+"""
+
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opensora_jax import locate
+from opensora_jax.common.errors import UserError
+from opensora_jax.common.shapes import LatentShape
+from opensora_jax.config import to_plain
+from opensora_jax.parallel.shard import Layout, place_batch, shardings
+from opensora_jax.pipeline import Assembly, Pipeline, load_params, objective_of
+from opensora_jax.training import optimizer
+from opensora_jax.training.checkpoint import Checkpoints
+from opensora_jax.training.run import RunConfig
+from opensora_jax.training.step import StepConfig, make_step
+
+CONSUMED = ("video", "latents", "text_emb", "text_mask", "x_mask", "fps", "height", "width", "num_frames")
+
+
+class Trainer:
+    def __init__(self, cfg: RunConfig, assembly: Assembly, layout: Layout):
+        self.cfg, self.assembly, self.layout = cfg, assembly, layout
+        self.system = assembly.system
+        self.network = self.system.networks.get(assembly.trained)  # encode has none
+
+    def trained_network(self):
+        if self.network is None:
+            section = "vae" if self.assembly.trained == "vae" else "model"
+            raise UserError(f"config.{section} is empty; name a family, e.g. config.model.family=stdit3")
+        return self.network
+
+    # ---- state ----------------------------------------------------------------------------------------------------
+
+    @property
+    def initial_weights(self):
+        """The reader that the init ladder calls for `init_from`, or for a part that came with the pipeline."""
+        source = self.cfg.init_from or self.assembly.weights[self.assembly.trained]
+        return None if not source or isinstance(source, int) else lambda: (self._read(source), source)
+
+    def _read(self, source) -> dict:
+        if not self.cfg.init_from:
+            return load_params(source, self.network, self.layout)
+        found = locate.find(self.cfg.init_from)
+        if isinstance(found, locate.Run):
+            where = shardings(self.network.abstract, self.network.axes, self.layout)
+            abstract = jax.tree.map(
+                lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), self.network.abstract, where
+            )
+            return Checkpoints(found.workdir, read_only=True).restore_item("ema", abstract, found.step)
+        return load_params(found / self.assembly.trained, self.network, self.layout)
+
+    def meta(self) -> dict:
+        return {"config": to_plain(self.cfg), "seed": self.cfg.seed}
+
+    # ---- data -----------------------------------------------------------------------------------------------------
+
+    def data_config(self, *, whole: bool = False):
+        """The loader's configuration, with what follows from the VAE and the mesh; `whole`: no clip is left out."""
+        data = replace(self.cfg.data, batch_scale=self.cfg.data.batch_scale * self.data_shards)
+        if whole:
+            data = replace(data, drop_last=False, allow_starving=True)
+        if self.system.vae is None:
+            return data
+        stride = 17 / self.system.latent_size(17, 512, 512)[0]
+        chunk = getattr(self.system.vae.config, "micro_frame_size", None) or 0
+        return replace(data, time_stride=math.ceil(stride), time_chunk_frames=chunk)
+
+    @property
+    def data_shards(self) -> int:
+        """Bucket tables count samples a device group, as the references' do; the mesh multiplies them."""
+        return math.prod(self.layout.sizes[axis] for axis in self.layout.axes_of("batch"))
+
+    def check_cursor(self, loader, cursor: dict | None) -> None:
+        if cursor is not None:
+            loader.check_position(cursor)
+
+    def needs_frozen(self, loader) -> bool:
+        latents = loader.latents
+        if self.assembly.trained == "vae":
+            return False
+        absent = [n for n in ("vae", "text_encoder") if n not in self.system.parts]
+        if not latents and absent:
+            raise UserError(
+                f"the data holds pixels and captions, but the run has no {' and no '.join(absent)}: name config.pipeline, "
+                "or train on latents written by python -m opensora_jax.encode"
+            )
+        return not latents or bool(self.cfg.log.sample_every_steps)
+
+    def place(self, batch: dict) -> dict:
+        """A host batch as global device arrays: captions become tokens, what the networks do not take stays behind."""
+        arrays = {name: value for name, value in batch.items() if name in CONSUMED}
+        if "text_emb" not in batch and self.system.text_encoder is not None:
+            tokens, mask = self.assembly.tokenizer(list(batch["text"]), self.cfg.text.max_length)
+            arrays |= {"text_tokens": tokens, "text_mask": mask}
+        arrays = {name: np.asarray(a, np.float32) if name in _FLOATS else np.asarray(a) for name, a in arrays.items()}
+        return place_batch(arrays, self.layout)
+
+    def work(self, batch: dict, info) -> dict:
+        """Latent tokens and model FLOPs (three times forward) of the global batch."""
+        rows = next(iter(batch.values()))
+        count = len(rows) * jax.process_count()
+        if "latents" in batch:
+            size = batch["latents"].shape[1:4]
+        else:
+            size = self.system.latent_size(*batch["video"].shape[1:4])
+        if self.assembly.trained == "vae":
+            return {"tokens": count * math.prod(size), "flops": 0.0}
+        patch = getattr(self.system.denoiser.config, "patch_size", (1, 1, 1))
+        tokens = count * math.prod(math.ceil(s / p) for s, p in zip(size, patch))
+        return {"tokens": tokens, "flops": 3 * self.forward_flops(LatentShape(count, *size, self.cfg.text.max_length))}
+
+    def forward_flops(self, shape: LatentShape) -> float:
+        """By the model's own formula where it has one (benchmarks/ checks it against counted matmuls)."""
+        formula = getattr(self.system.denoiser.module, "forward_flops", None)
+        return formula(self.system.denoiser.config, shape) if formula else 0.0
+
+    # ---- step -----------------------------------------------------------------------------------------------------
+
+    def loss_fn(self):
+        if self.assembly.trained == "vae":
+            return self.system.reconstruction_loss(self.cfg.vae_loss)
+        objective, objective_config = objective_of(self.cfg.objective)
+        return self.system.diffusion_loss(objective, objective_config, self.cfg.text.dropout)
+
+    def compile_step(self, tx, abstract: dict):
+        """The jitted update; it compiles once a bucket."""
+        cfg = self.cfg
+        step_config = StepConfig(cfg.seed, cfg.ema_decay, cfg.ema_start_steps, cfg.optimizer.accumulate_steps)
+        step = make_step(self.loss_fn(), tx, step_config, optimizer.learning_rate(cfg.optimizer, cfg.steps))
+        where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        return jax.jit(step, donate_argnums=0, out_shardings=(where, self.layout.replicated()))
+
+    # ---- what comes out -------------------------------------------------------------------------------------------
+
+    def pipeline(self, ema: dict, frozen: dict) -> Pipeline:
+        params = {name: frozen[name] for name in self.system.parts if name != self.assembly.trained}
+        params |= {self.assembly.trained: jax.tree.map(lambda e, p: e.astype(p.dtype), ema, self.network.abstract)}
+        return Pipeline(self.system, params, self.assembly.sampling, self.assembly.tokenizer, self.layout)
+
+    def export(self, ema: dict, frozen: dict, loader, folder: str, dtype: str) -> None:
+        pipeline = self.pipeline(ema, frozen)
+        batches = self.cfg.vae_loss.calibrate_batches
+        if self.assembly.trained == "vae" and batches and "shift" in ema:
+            pipeline = self._calibrated(pipeline, loader, batches)
+        pipeline.save_pretrained(folder, dtype=dtype)
+
+    def _calibrated(self, pipeline: Pipeline, loader, batches: int) -> Pipeline:
+        """Latents of mean 0 and deviation 1 a channel: what the denoiser's noise levels take for granted."""
+        params = pipeline.params["vae"]
+        encode = jax.jit(lambda params, video: self.system.encode_video(params, video))
+        latents = [encode(params, self.place(next(loader)[0])["video"]) for _ in range(batches)]
+        over = tuple(range(latents[0].ndim - 1))
+        mean = sum(z.mean(over) for z in latents) / batches
+        variance = sum(jnp.square(z - mean).mean(over) for z in latents) / batches
+        shift = params["shift"] + params["scale"] * mean
+        scale = params["scale"] * jnp.sqrt(variance)
+        config = replace(self.system.vae.config, shift=tuple(shift.tolist()), scale=tuple(scale.tolist()))
+        system = replace(self.system, vae=replace(self.system.vae, config=config))
+        return Pipeline(
+            system, {"vae": params | {"shift": shift, "scale": scale}}, pipeline.sampling, None, self.layout
+        )
+
+    def sample(self, ema: dict, frozen: dict, folder, step: int, writer) -> None:
+        """Videos of the configured prompts and a contact sheet, from the EMA."""
+        from opensora_jax.common.contact_sheet import contact_sheet, save_png
+        from opensora_jax.data.video_io import write_video
+
+        pipeline = self.pipeline(ema, frozen)
+        if self.assembly.trained == "vae" or not self.cfg.log.sample_prompts:
+            return
+        out = pipeline(list(self.cfg.log.sample_prompts), seed=self.cfg.seed)
+        if jax.process_index():
+            return
+        folder = folder / f"{step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, frames in enumerate(out.frames):
+            write_video(folder / f"{i:02d}.mp4", frames, fps=out.fps)
+        sheet = contact_sheet(out.frames, list(self.cfg.log.sample_prompts))
+        save_png(folder / "sheet.png", sheet)
+        writer.write_images(step, {"samples": sheet})
+
+
+_FLOATS = ("fps", "height", "width", "num_frames", "text_emb", "latents", "video")
+
+
+def abstract_batch(trainer: Trainer, rows: int, frames: int, height: int, width: int, latents: bool) -> dict:
+    """Shapes of a global batch, for compiling without data."""
+    size = trainer.system.latent_size(frames, height, width) if trainer.system.vae is not None else None
+    arrays = dict.fromkeys(("fps", "height", "width", "num_frames"), ((rows,), jnp.float32))
+    if latents and size is not None:
+        channels = trainer.system.denoiser.config.in_channels
+        arrays["latents"] = ((rows, *size, channels), jnp.float32)
+    else:
+        arrays["video"] = ((rows, frames, height, width, 3), jnp.float32)
+    if trainer.assembly.trained == "denoiser":
+        length = trainer.cfg.text.max_length
+        arrays["x_mask"] = ((rows, size[0] if size else frames), jnp.bool_)
+        arrays["text_mask"] = ((rows, length), jnp.int32)
+        if latents or trainer.system.text_encoder is None:
+            arrays["text_emb"] = ((rows, length, trainer.system.denoiser.config.caption_channels), jnp.float32)
+        else:
+            arrays["text_tokens"] = ((rows, length), jnp.int32)
+    where = lambda shape: trainer.layout.sharding(("batch", *[None] * (len(shape) - 1)), shape)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where(shape)) for name, (shape, dtype) in arrays.items()}

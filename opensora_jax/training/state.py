@@ -1,0 +1,49 @@
+"""The train state: a plain dict {params, ema, opt, step} born sharded.
+
+Optimizer state and EMA shard like the parameters that they follow, so memory per device falls with the mesh (ZeRO-3).
+Randomness is not state: every key derives from the run's seed and the step.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from opensora_jax.parallel.shard import Layout, shardings
+
+State = dict
+
+
+def abstract_state(network, tx: optax.GradientTransformation, layout: Layout) -> State:
+    """Shapes, dtypes and shardings of the whole state; touches no memory."""
+    placed = shardings(network.abstract, network.axes, layout)
+    params = jax.tree.map(lambda leaf, where: _struct(leaf, where), network.abstract, placed)
+    everywhere = layout.replicated()
+    opt = optax.tree_map_params(
+        tx,
+        lambda leaf, param: _struct(leaf, param.sharding),
+        jax.eval_shape(tx.init, network.abstract),
+        params,
+        transform_non_params=lambda leaf: _struct(leaf, everywhere),
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
+    )
+    ema = jax.tree.map(lambda leaf: _struct(leaf, leaf.sharding, jnp.float32), params)
+    return {"params": params, "ema": ema, "opt": opt, "step": _struct(jax.ShapeDtypeStruct((), jnp.int32), everywhere)}
+
+
+def init_state(network, tx: optax.GradientTransformation, abstract: State, key, params=None) -> State:
+    """A fresh state: parameters drawn in place on the mesh, or the given ones."""
+
+    def fresh(params):
+        ema = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        return {"params": params, "ema": ema, "opt": tx.init(params), "step": jnp.zeros((), jnp.int32)}
+
+    where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    if params is None:
+        return jax.jit(lambda key: fresh(network.init(key)), out_shardings=where)(key)
+    return jax.jit(fresh, out_shardings=where)(params)
+
+
+def _struct(leaf, sharding, dtype=None):
+    if isinstance(leaf, optax.MaskedNode):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding)
