@@ -28,10 +28,10 @@ def shift_time(t, ratio):
 class PixelShift:
     """Open-Sora 1.2, 1.3: a = sqrt(area / 512²) · sqrt(frames) · scale, from pixel `height, width, num_frames`.
 
-    `frames` names the version's idea of a latent frame: "chunks" (1.2: five for each full 17) or "quarter" (1.3:
-    (n - 1) // 4). Quirks kept: only the first sample decides whether the batch is images; 1.3 (`scale_images` False)
-    scales videos only, and takes everything for images when `temporal` is False. Not kept: 1.2 counts zero frames for
-    videos under 17, which ends in 0/0; they count their latents, n/4 rounded up.
+    `frames` names the version's idea of a latent frame: "chunks" (1.2: five for each full 17, below 17 the latents there
+    are), "full_chunks" (1.2 to the letter: none below 17, which ends in 0/0) or "quarter" (1.3: (n - 1) // 4). Quirks
+    kept: only the first sample decides whether the batch is images; 1.3 (`scale_images` False) scales videos only, and
+    takes everything for images when `temporal` is False.
     """
 
     frames: str = "chunks"
@@ -42,8 +42,10 @@ class PixelShift:
     base_frames: int = 1
 
     def __post_init__(self):
-        if self.frames not in ("chunks", "quarter"):
-            raise UserError(f"PixelShift.frames is {self.frames!r}; it must be 'chunks' (1.2) or 'quarter' (1.3)")
+        if self.frames not in ("chunks", "full_chunks", "quarter"):
+            raise UserError(
+                f"PixelShift.frames is {self.frames!r}; it must be chunks, full_chunks (1.2) or quarter (1.3)"
+            )
 
     def is_image(self, sizes: dict[str, Any]):
         return sizes["num_frames"][0] == 1 if self.temporal else True
@@ -56,10 +58,9 @@ class PixelShift:
         xp = jnp if any(isinstance(sizes[k], jax.Array) for k in ("height", "width", "num_frames")) else np
         height, width, count = (xp.asarray(sizes[k], xp.float32) for k in ("height", "width", "num_frames"))
         space = xp.sqrt(height * width / self.base_area)
+        latent_frames = (count - 1) // 4 if self.frames == "quarter" else count // 17 * 5
         if self.frames == "chunks":
-            latent_frames = xp.where(count < 17, xp.ceil(count / 4), count // 17 * 5)
-        else:
-            latent_frames = (count - 1) // 4
+            latent_frames = xp.where(count < 17, xp.ceil(count / 4), latent_frames)
         image = self.is_image({"num_frames": count})
         latent_frames = xp.where(image, xp.float32(1), latent_frames)
         scale = self.scale if self.scale_images else xp.where(image, 1.0, self.scale).astype(xp.float32)

@@ -14,7 +14,7 @@ from opensora_jax.sampling.euler import Euler
 from opensora_jax.sampling.guidance import Guidance
 from opensora_jax.verify.case import Adapter, Case, channels_first, channels_last
 
-V1_2 = {"frames": "chunks"}
+V1_2 = {"frames": "full_chunks"}
 V1_3 = {"frames": "quarter", "scale_images": False}
 SIZES = ("height", "width", "num_frames")
 
