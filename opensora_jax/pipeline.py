@@ -137,7 +137,7 @@ class Pipeline:
         partial_folder = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial_folder, ignore_errors=True)
         for name, part_ in self.system.parts.items():
-            flat = {path: leaf for path, leaf in flatten(self.params[name]).items()}
+            flat = flatten(self.params[name])
             store.save_params(partial_folder / name, flat, part_.describe(), dtype)
         if self.tokenizer is not None:
             self.tokenizer.save(partial_folder / "tokenizer")
