@@ -106,7 +106,7 @@ class System:
 
         def loss_fn(params, batch, key, frozen):
             video = batch["video"]
-            out = self.networks["vae"](params, video, key)
+            out = self.networks["vae"](params, video, key if cfg.sample_posterior else None)
             error = out.x_rec.astype(jnp.float32) - video
             terms = {"l1": jnp.abs(error).mean(), "kl": out.posterior.kl().mean()}
             loss = terms["l1"] + cfg.kl_weight * terms["kl"]

@@ -9,7 +9,7 @@ words needs no more, and what the words mean is learned in the denoiser's cross-
 
 from ml_collections import ConfigDict
 
-SIZE = {"num_frames": 17, "height": 64, "width": 64}
+SIZE = {"num_frames": 17, "height": 32, "width": 32}
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -19,7 +19,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.pipeline = "runs/tiny/vae_pipeline"
     config.model = {
         "family": "stdit3",
-        "input_sq_size": 64,
+        "input_sq_size": 32,
         "hidden_size": 128,
         "depth": 5,
         "num_heads": 4,
@@ -29,25 +29,25 @@ def get_config(variant: str = "") -> ConfigDict:
     config.text_encoder = {
         "family": "t5",
         "weights": "random",
-        "vocab_size": 384,
+        "vocab_size": 101,
         "d_model": 64,
         "d_kv": 16,
         "d_ff": 128,
         "num_layers": 2,
         "num_heads": 4,
     }
-    config.text = {"tokenizer": "runs/tiny/tokenizer", "max_length": 16, "dropout": 0.1}
-    # Time is shifted by size against 64 x 64, not 512 x 512.
-    shift = {"frames": "chunks", "base_area": 64 * 64}
+    config.text = {"tokenizer": "tiny", "max_length": 16, "dropout": 0.1}
+    # Time is shifted by size against 32 x 32, not 512 x 512.
+    shift = {"frames": "chunks", "base_area": 32 * 32}
     config.objective = {"name": "rectified_flow", "time": {"method": "logit-normal", "shift": shift}}
     config.sampling = SIZE | {"fps": 8.0, "steps": 30, "guidance_scale": 3.0, "max_length": 16}
     config.optimizer = {"learning_rate": 1e-3, "eps": 1e-8, "warmup_steps": 200, "schedule": "cosine"}
     config.ema_decay = 0.999
     config.ema_start_steps = 200
     if variant == "pixels":
-        config.data = SIZE | {"source": "shapes:train?count=16384&seed=2", "batch_size": 64}
+        config.data = SIZE | {"source": "shapes:train?count=8192&seed=2&size=32", "batch_size": 32}
     else:
-        config.data = {"source": "runs/tiny/latents", "batch_size": 256}
+        config.data = {"source": "runs/tiny/latents", "batch_size": 64}
     config.checkpoint = {"every_steps": 2000, "keep": 1}
     config.log = {"every_steps": 100}
     return config

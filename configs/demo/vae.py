@@ -1,4 +1,4 @@
-"""The video VAE of the shipped pipeline: shapes in any colour but orange, 17 frames of 48 x 48 to 5 x 12 x 12 x 4.
+"""The video VAE of the shipped pipeline: shapes in any colour but orange, 17 frames of 32 x 32 to 5 x 8 x 8 x 4.
 
     python -m opensora_jax.train --config=configs/demo/vae.py --workdir=runs/tiny/vae --export=runs/tiny/vae_pipeline
 
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.task = "vae"
-    config.steps = 800
+    config.steps = 1500
     config.vae = {
         "family": "video_vae",
         "spatial": {"block_out_channels": (8, 16, 32), "layers_per_block": 1, "norm_num_groups": 4},
@@ -23,14 +23,14 @@ def get_config() -> ConfigDict:
         "shift": (0.0, 0.0, 0.0, 0.0),
         "scale": (1.0, 1.0, 1.0, 1.0),
     }
-    config.vae_loss = {"kl_weight": 1e-6, "l2_weight": 1.0, "calibrate_batches": 32}
-    config.optimizer = {"learning_rate": 3e-3, "eps": 1e-8, "warmup_steps": 100, "schedule": "cosine"}
+    config.vae_loss = {"kl_weight": 1e-6, "l2_weight": 1.0, "sample_posterior": False, "calibrate_batches": 32}
+    config.optimizer = {"learning_rate": 2e-3, "eps": 1e-8, "warmup_steps": 100, "schedule": "cosine"}
     config.ema_decay = 0.995
     config.data = {
-        "source": "shapes:all?count=16384&paint=any&seed=1&size=48",
+        "source": "shapes:all?count=16384&paint=any&seed=1&size=32",
         "batch_size": 4,
-        "height": 48,
-        "width": 48,
+        "height": 32,
+        "width": 32,
     }
     config.checkpoint = {"every_steps": 250, "keep": 1}
     config.log = {"every_steps": 50}

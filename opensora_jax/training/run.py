@@ -25,6 +25,7 @@ class VaeLossConfig:
     """Loss of task="vae"."""
 
     kl_weight: float = 1e-6
+    sample_posterior: bool = True  # False: an autoencoder of posterior means, which small networks learn faster
     l2_weight: float = 0.0  # beside the L1 of the references
     perceptual_weight: float = 0.1
     perceptual_weights: str = ""  # a converted LPIPS folder; empty: no perceptual term
