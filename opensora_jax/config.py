@@ -10,6 +10,7 @@ type, a missing file is one sentence that names the nearest right thing.
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -192,13 +193,11 @@ def _convert(kind, value, where: str):
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        for option in arguments:
-            if option is not type(None):
-                try:
-                    return _convert(option, value, where)
-                except UserError as error:
-                    last = error
-        raise last
+        *others, last = [option for option in arguments if option is not type(None)]
+        for option in others:
+            with contextlib.suppress(UserError):
+                return _convert(option, value, where)
+        return _convert(last, value, where)
     if dataclasses.is_dataclass(kind):
         if isinstance(value, kind):
             return value

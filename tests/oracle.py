@@ -110,7 +110,9 @@ def _direction(centres, size):
 
 def _grown(mask):
     padded = np.pad(mask, 1)
-    return np.maximum.reduce([padded[1 + a : len(padded) - 1 + a, 1 + b : padded.shape[1] - 1 + b] for a in (-1, 0, 1) for b in (-1, 0, 1)])
+    return np.maximum.reduce(
+        [padded[1 + a : len(padded) - 1 + a, 1 + b : padded.shape[1] - 1 + b] for a in (-1, 0, 1) for b in (-1, 0, 1)]
+    )
 
 
 def _largest(mask):

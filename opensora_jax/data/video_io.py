@@ -255,7 +255,8 @@ def _pixels(frame, size) -> np.ndarray:
     height, width = (frame.height, frame.width) if turns % 2 == 0 else (frame.width, frame.height)
     size = size(height, width) if callable(size) else size
     if size and (height, width) != tuple(size):
-        height, width = size if turns % 2 == 0 else size[::-1]
+        rows, columns = tuple(size)
+        height, width = (rows, columns) if turns % 2 == 0 else (columns, rows)
         frame = frame.reformat(width=width, height=height, format="rgb24", interpolation="BICUBIC")
     pixels = frame.to_ndarray(format="rgb24")
     return np.rot90(pixels, turns) if turns else pixels
