@@ -18,6 +18,7 @@ import numpy as np
 
 from opensora_jax.common.errors import UserError
 from opensora_jax.data.buckets import Bucket, BucketTable
+from opensora_jax.data.buffers import BufferPool
 from opensora_jax.data.masks import MaskGenerator, condition_frames, latent_frames, pick_mask_type
 from opensora_jax.data.plan import Plan
 from opensora_jax.data.plan import Step as PlannedStep
@@ -28,6 +29,7 @@ from opensora_jax.data.video_io import read_frames, resize
 IMAGE_FPS = 120.0  # how the reference tells its networks that a clip is a still image
 ATTEMPTS = 16  # replacements tried for one bad record before giving up
 UNBOUNDED = 1 << 60
+LARGE = 1 << 16  # bytes of a row from which recycling memory pays
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class DataConfig:
     mask_types: Mapping[str, float] | None = None  # 1.3: one condition a batch
     time_stride: int = 1  # pixel frames per latent frame, which x_mask counts in
     time_chunk_frames: int = 0  # frames that the VAE takes at a time (17 in 1.2)
-    num_threads: int = 0  # decoding threads a process; 0 = one a core, 16 at most
+    num_threads: int = 0  # decoding threads a process; 0 = two a core, 32 at most
     num_workers: int = 0  # reading processes; threads are faster up to a few dozen cores
     prefetch_steps: int = 2
     max_bad_share: float = 0.02  # of the records read; over it the run stops
@@ -139,6 +141,7 @@ class StepSource:
         self.config, self.source, self.plan = config, source, plan
         self.process_index, self.process_count = process_index, process_count
         self.masks = MaskGenerator(config.mask_ratios) if config.mask_ratios else None
+        self.buffers = BufferPool()
         self._pool = None
 
     def __len__(self) -> int:
@@ -151,8 +154,9 @@ class StepSource:
         planned = self.plan.at(int(step))
         share = planned.size // self.process_count
         slots = range(self.process_index * share, (self.process_index + 1) * share)
-        batch = {} if self.source.latents else {"video": np.empty((share, *planned.bucket.shape, 3), np.float32)}
-        self._pool = self._pool or ThreadPoolExecutor(self.config.num_threads or min(16, os.cpu_count() or 1))
+        pixels = (share, *planned.bucket.shape, 3)
+        batch = {} if self.source.latents else {"video": self.buffers.empty(pixels, np.float32)}
+        self._pool = self._pool or ThreadPoolExecutor(self.config.num_threads or min(32, 2 * (os.cpu_count() or 1)))
         jobs = [self._pool.submit(self._sample, planned, slot, batch, row) for row, slot in enumerate(slots)]
         rows = [job.result() for job in jobs]
         bad = [item for row in rows for item in row.pop("bad")]
@@ -160,8 +164,9 @@ class StepSource:
             return {"failed": True, "step": planned.step, "bad": bad}
         ids = [row.pop("id") for row in rows]
         batch["text"] = [row.pop("text") for row in rows]
-        for key in rows[0]:
-            batch[key] = np.stack([row[key] for row in rows])
+        for key, first in rows[0].items():
+            out = self.buffers.empty((share, *first.shape), first.dtype) if first.nbytes > LARGE else None
+            batch[key] = np.stack([row[key] for row in rows], out=out)
         return {"failed": False, "step": planned.step, "ids": ids, "bad": bad, "batch": batch}
 
     def _sample(self, planned: PlannedStep, slot: int, batch: dict, row: int) -> dict:

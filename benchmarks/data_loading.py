@@ -1,0 +1,201 @@
+"""Loading speed: our loader on mp4 and latent shards, against a torch DataLoader with the same decoder on the same files.
+
+    python -m benchmarks.data_loading [--torch_python=PYTHON_WITH_TORCH] [--clips=96] [--size=256]
+
+Prints a row a set-up: clips/s and MB/s of what reaches the caller, seconds to the first batch, and the share of time that
+a trainer which needs 20 ms a step would wait. The raw read that latents are measured against reads each record's bytes
+from the same warm file into fresh memory, as any loader must.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+STEP_SECONDS = 0.02
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clips", type=int, default=96)
+    parser.add_argument("--frames", type=int, default=17)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--torch_python", help="an interpreter with torch and PyAV to compare with")
+    parser.add_argument("--torch_side", help=argparse.SUPPRESS)  # the other half of this file, run by that interpreter
+    return parser.parse_args()
+
+
+def texture(rng, frames: int, size: int) -> np.ndarray:
+    """Something that moves and does not compress to nothing."""
+    field = rng.integers(0, 255, (size // 8 + frames, size // 8 + frames, 3), np.uint8)
+    field = np.kron(field, np.ones((8, 8, 1), np.uint8))
+    return np.stack([field[4 * i : 4 * i + size, 2 * i : 2 * i + size] for i in range(frames)])
+
+
+def write_clips(folder: Path, args) -> None:
+    from opensora_jax.data.records import ShardWriter
+    from opensora_jax.data.video_io import encode_video
+
+    rng = np.random.default_rng(0)
+    facts = {"text": "moving texture", "num_frames": args.frames, "fps": 24.0, "height": args.size, "width": args.size}
+    shapes = {"latents": (8, 64, 64, 64), "tiny": (5, 4, 4, 4)}  # 4 MB in half precision; next to nothing
+    writers = {name: ShardWriter(folder / name) for name in ("mp4", *shapes)}
+    rows = []
+    for index in range(args.clips):
+        facts["id"] = f"{index:05d}"
+        data = encode_video(texture(rng, args.frames, args.size), 24)
+        (folder / f"{index:05d}.mp4").write_bytes(data)
+        rows.append((f"{index:05d}.mp4", facts["text"], args.frames, args.size, args.size, 24))
+        writers["mp4"].write(facts | {"video": data})
+        for name, shape in shapes.items():
+            latents = rng.integers(0, 1 << 15, shape, np.uint16).view(np.float16)
+            writers[name].write(facts | {"latents": latents})
+    for writer in writers.values():
+        writer.close()
+    with open(folder / "clips.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("path", "text", "num_frames", "height", "width", "fps"), *rows])
+
+
+def timed(batches, count: int, size_of) -> dict:
+    """Consumes `count` batches as fast as they come, then some more at the pace of a trainer."""
+    began = time.perf_counter()
+    first = next(batches)
+    startup = time.perf_counter() - began
+    clips, size = size_of(first)
+    began = time.perf_counter()
+    for _ in range(count):
+        next(batches)
+    seconds = time.perf_counter() - began
+    waited = 0.0
+    paced = min(count, 20)
+    for _ in range(paced):
+        time.sleep(STEP_SECONDS)
+        asked = time.perf_counter()
+        next(batches)
+        waited += time.perf_counter() - asked
+    return {
+        "clips_per_second": count * clips / seconds,
+        "mb_per_second": count * size / seconds / 1e6,
+        "startup_seconds": startup,
+        "wait_share": waited / (waited + paced * STEP_SECONDS),
+        "milliseconds_per_batch": 1e3 * seconds / count,
+    }
+
+
+def ours(source, args, *, threads: int = 0, workers: int = 0) -> dict:
+    from opensora_jax.data.loader import DataConfig, make_loader
+
+    config = DataConfig(
+        source=str(source), batch_size=args.batch, num_frames=args.frames, height=args.size, width=args.size,
+        num_threads=threads, num_workers=workers,
+    )  # fmt: skip
+    began = time.perf_counter()
+    loader = make_loader(config)
+    size_of = lambda batch: (len(batch["text"]), batch.get("video", batch.get("latents")).nbytes)
+    row = timed((batch for batch, _ in loader), args.epochs * args.clips // args.batch, size_of)
+    row["startup_seconds"] = time.perf_counter() - began if row["startup_seconds"] is None else row["startup_seconds"]
+    loader.close()
+    return row
+
+
+def torch_side(folder: Path, args) -> None:
+    """A plain torch DataLoader over the same files with the same decoder; one JSON line a set-up."""
+    import torch
+
+    from opensora_jax.data.video_io import read_frames
+
+    class Clips(torch.utils.data.Dataset):
+        def __init__(self):
+            with open(folder / "clips.csv") as file:
+                self.rows = list(csv.DictReader(file))
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitem__(self, index):
+            frames = read_frames(folder / self.rows[index]["path"], num=args.frames)
+            return torch.from_numpy(frames).float().div_(127.5).sub_(1), self.rows[index]["text"]
+
+    torch.set_num_threads(1)
+    for workers in (0, 1, 2, 4):
+        loader = torch.utils.data.DataLoader(
+            Clips(), args.batch, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0
+        )
+
+        def endless(loader=loader):
+            while True:
+                yield from loader
+
+        size_of = lambda batch: (len(batch[1]), batch[0].numel() * 4)
+        row = timed(endless(), args.epochs * args.clips // args.batch, size_of)
+        print(json.dumps({"name": f"torch DataLoader, {workers} workers"} | row), flush=True)
+
+
+def raw_read(folder: Path, args) -> float:
+    """MB/s of reading 4 MB pieces of the latent shard from the page cache into fresh memory."""
+    path = next((folder / "latents").glob("*.array_record"))
+    piece, best = 8 * 64 * 64 * 64 * 2, 0.0
+    for _ in range(3):
+        began = time.perf_counter()
+        with open(path, "rb", buffering=0) as file:
+            pieces = 0
+            while len(held := file.read(piece)) == piece:
+                pieces += 1
+        best = max(best, pieces * piece / (time.perf_counter() - began) / 1e6)
+        del held
+    return best
+
+
+def show(name: str, row: dict) -> None:
+    print(
+        f"{name:34s} {row['clips_per_second']:8.1f} clips/s {row['mb_per_second']:8.0f} MB/s  "
+        f"{row['milliseconds_per_batch']:7.2f} ms a batch  first {row['startup_seconds']:5.2f} s  "
+        f"waiting {row['wait_share']:4.0%} of 20 ms steps",
+        flush=True,
+    )
+
+
+def main() -> None:
+    args = arguments()
+    if args.torch_side:
+        torch_side(Path(args.torch_side), args)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_clips(folder, args)
+        print(f"{os.cpu_count()} cores, {args.clips} clips of {args.frames} x {args.size} x {args.size}, batch {args.batch}")
+        mp4 = []
+        for name, source in (("mp4 shards", folder / "mp4"), ("mp4 files", folder / "clips.csv")):
+            for threads, workers in ((1, 0), (2, 0), (4, 0), (2, 1), (1, 2)):
+                mp4.append(ours(source, args, threads=threads, workers=workers))
+                show(f"{name}, {threads} threads, {workers} workers", mp4[-1])
+        latents = [ours(folder / "latents", args, threads=threads) for threads in (1, 2, 4)]
+        for threads, row in zip((1, 2, 4), latents):
+            show(f"latents of 4 MB, {threads} threads", row)
+        raw = raw_read(folder, args)
+        share = max(row["mb_per_second"] for row in latents) / raw
+        print(f"raw read of the same file: {raw:.0f} MB/s; the loader reaches {share:.2f} of it")
+        row = ours(folder / "tiny", args, threads=2)
+        print(f"overhead: {row['milliseconds_per_batch']:.2f} ms a batch of {args.batch} records of next to nothing")
+        if args.torch_python:
+            sizes = [f"--{key}={getattr(args, key)}" for key in ("clips", "frames", "size", "batch", "epochs")]
+            command = [args.torch_python, "-m", "benchmarks.data_loading", f"--torch_side={folder}", *sizes]
+            lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+            rows = [json.loads(line) for line in lines]
+            for row in rows:
+                show(row.pop("name"), row)
+            best = max(row["clips_per_second"] for row in rows)
+            print(f"ours / torch, each at its best: {max(r['clips_per_second'] for r in mp4) / best:.2f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
