@@ -172,7 +172,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_clips(folder, args)
-        print(f"{os.cpu_count()} cores, {args.clips} clips of {args.frames} x {args.size} x {args.size}, batch {args.batch}")
+        print(
+            f"{os.cpu_count()} cores, {args.clips} clips of {args.frames} x {args.size} x {args.size}, batch {args.batch}"
+        )
         mp4 = []
         for name, source in (("mp4 shards", folder / "mp4"), ("mp4 files", folder / "clips.csv")):
             for threads, workers in ((1, 0), (2, 0), (4, 0), (2, 1), (1, 2)):

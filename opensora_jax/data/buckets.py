@@ -72,14 +72,15 @@ class BucketTable:
             raise UserError(f"data.bucket_version: unknown version {version!r}; one of {', '.join(VERSIONS)}")
         if not config:
             raise UserError("data.buckets is empty: give at least one {resolution: {frames: (keep, batch_size)}}")
+        config = {str(name): cells for name, cells in config.items()}
         self.version, self.aspect_first, self.area_tolerance = version, aspect_first, area_tolerance
         self.pixels, self.aspects, self.levels = {}, {}, {}
-        for name in map(str, config):
+        for name in config:
             try:
                 self.pixels[name], self.aspects[name] = aspect_table(name, version, multiple=multiple)
             except ValueError as error:
                 raise UserError(f"data.buckets: {error}") from None
-        self.order = sorted(map(str, config), key=self.pixels.get, reverse=True)
+        self.order = sorted(config, key=self.pixels.get, reverse=True)
         count = 0
         for name in self.order:
             cells = {int(frames): cell for frames, cell in config[name].items()}
@@ -155,7 +156,7 @@ class BucketTable:
     def _merged_ratios(self, config) -> dict[float, list]:
         """{ratio: [(resolution, its name there, size)]}, the highest first."""
         merged = {}
-        for name in map(str, config):
+        for name in config:
             for ratio, size in self.aspects[name].items():
                 merged.setdefault(float(ratio), []).append((name, ratio, size))
         return {ratio: sorted(found, key=lambda item: -item[2][0]) for ratio, found in merged.items()}
