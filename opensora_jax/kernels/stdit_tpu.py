@@ -1,0 +1,334 @@
+"""Fused STDiT attention on TPUs (Pallas, Mosaic), spatial mode: rows of S tokens, forward and backward.
+
+The kernels read the projected activations [rows, S, 3C] where they lie and write [rows, S, C]: no transpose, pad or
+copy around them (tpu_lanes.py says how heads are split). Forward: grid (row, block of queries); keys and values of a
+row are prepared once into fast memory, then each block of queries sees all keys in a single-pass softmax. Backward:
+grid (row); per head and block of queries the transposed scores are recomputed, so that the sums over keys run along
+sublanes and only dq needs a transposed operand. S needs no alignment: rows beyond it are hidden keys.
+Temporal mode is in stdit_tpu_temporal.py.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from opensora_jax.kernels import spec, stdit_tpu_temporal
+from opensora_jax.kernels.spec import Call, Unsupported
+from opensora_jax.kernels.tpu_lanes import (
+    COLUMNS_BY_COLUMNS,
+    HIDE,
+    LANES,
+    LOG2E,
+    ROWS_BY_ROWS,
+    TINY,
+    Heads,
+    aligned,
+    at_lane,
+    dot,
+    norm_rows,
+    preparation,
+    rotation_tables,
+)
+
+VMEM_LIMIT = 100 << 20
+QUERY_BLOCK = {"forward": 512, "backward": 512}
+
+
+class Problem(NamedTuple):
+    """The static part of a call."""
+
+    heads: Heads
+    size: int  # tokens of a row
+    block: int  # queries at once, forward
+    block_backward: int
+    norm_first: bool
+    outer: int  # rows that share a line of the key mask
+    interpret: bool
+
+    @property
+    def padded(self) -> int:
+        return -(-self.size // LANES) * LANES
+
+    @property
+    def scale(self) -> float:
+        return self.heads.dim**-0.5 * LOG2E
+
+
+def supports(call: Call) -> None:
+    if call.dtype not in ("bfloat16", "float32"):
+        raise Unsupported(f"dtype {call.dtype}")
+    Heads(call.heads, call.head_dim).check()
+    if call.kind == "temporal":
+        return stdit_tpu_temporal.supports(call)
+    needed = _forward_bytes(call.queries, call.heads * call.head_dim, 2 if call.dtype == "bfloat16" else 4)
+    if needed > VMEM_LIMIT:
+        raise Unsupported(f"rows of {call.queries} tokens need {needed >> 20} MiB of VMEM")
+
+
+def _forward_bytes(size, channels, itemsize):
+    padded = -(-size // LANES) * LANES
+    rows = 4 * channels * itemsize + 2 * 2 * channels * itemsize  # double-buffered k and v, prepared k and v
+    return padded * rows + 8 * QUERY_BLOCK["forward"] * (channels * itemsize + padded)
+
+
+def stdit_attention(
+    qkv_btsc, *, num_heads, mode, q_scale, k_scale, rope, norm_before_rope, kv_mask=None, block=None, interpret=None
+):
+    b, t, s, c3 = qkv_btsc.shape
+    heads = Heads(num_heads, c3 // 3 // num_heads)
+    interpret = spec.platform() != "tpu" if interpret is None else interpret
+    extras = {} if q_scale is None else {"norm": norm_rows(heads, q_scale, k_scale)}
+    if mode == "temporal":
+        return stdit_tpu_temporal.attend(qkv_btsc, heads, extras, rope, norm_before_rope, kv_mask, interpret)
+    blocks = [block or _even_blocks(s, QUERY_BLOCK[stage]) for stage in ("forward", "backward")]
+    problem = Problem(heads, s, *blocks, norm_before_rope, t, interpret)
+    if rope is not None:
+        extras["rope"] = rotation_tables(rope, max(problem.padded, *(-(-s // size) * size for size in blocks)))
+    if kv_mask is not None:
+        hidden = jnp.where(kv_mask, 0.0, HIDE)[:, :, None].astype(jnp.float32)
+        extras["hidden"] = jnp.broadcast_to(hidden, (*kv_mask.shape, LANES))
+    return _attend(qkv_btsc.reshape(b * t, s, c3), extras, problem).reshape(b, t, s, c3 // 3)
+
+
+def _even_blocks(size: int, most: int) -> int:
+    """The smallest multiple of 16 that covers `size` in as few blocks as `most` would."""
+    count = -(-size // most)
+    return -(-size // (count * 16)) * 16
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _attend(qkv, extras, problem):
+    return _forward(qkv, extras, problem)
+
+
+def _attend_forward(qkv, extras, problem):
+    return _forward(qkv, extras, problem), (qkv, extras)
+
+
+def _attend_backward(problem, residuals, d_out):
+    qkv, extras = residuals
+    d_qkv, *d_norm = _backward(qkv, extras, d_out, problem)
+    d_extras = jax.tree.map(jnp.zeros_like, extras)
+    if d_norm:
+        d_extras["norm"] = d_norm[0].sum((0, 2))
+    return d_qkv, d_extras
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _extra_specs(extras, problem):
+    """Norm weights and tables stay put; the key mask moves with the row."""
+    whole = lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
+    specs = {name: whole(x) for name, x in extras.items()}
+    if "hidden" in extras:
+        specs["hidden"] = pl.BlockSpec(
+            (1, problem.padded, LANES), lambda row, *_: (jax.lax.div(row, problem.outer), 0, 0)
+        )
+    return specs
+
+
+def _prepare(problem, extras, head, which, first, rows, dtype):
+    """The preparation of q or k for `rows` rows from `first`."""
+    tables = None
+    if "rope" in extras:
+        tables = tuple(aligned(extras["rope"][i, pl.ds(first, rows), :], problem.heads, head) for i in range(2))
+    return preparation(problem.heads, head, which, extras.get("norm"), tables, problem.norm_first, dtype)
+
+
+def _reader(ref, which, heads: Heads, rows=slice(None)):
+    """tile → [rows, 128] of q (0), k (1) or v (2) in a [1, rows, n*C] block."""
+    start = which * heads.tiles
+    return lambda tile: ref[0, rows, (start + tile) * LANES : (start + tile + 1) * LANES]
+
+
+def _valid(rows: int, size, first=0):
+    """[rows, 128] bool: rows that exist."""
+    return first + jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 0) < size
+
+
+def _own_float(read, heads, head, rows, valid):
+    """A head in float32, zero in foreign lanes and in rows that do not exist."""
+    keep = heads.own(head, rows) if valid is None else heads.own(head, rows) & valid
+    return jnp.where(keep, heads.gather(read, head).astype(jnp.float32), 0.0)
+
+
+def _hide_keys(k, head, problem, extras, valid):
+    """Prepared keys with the logit of hidden keys in the spare lane."""
+    lane = problem.heads.spare(head)
+    if "hidden" in extras:
+        k = at_lane(k, lane, extras["hidden"][0])
+    return k if valid is None else at_lane(k, lane, jnp.where(valid, k, HIDE))
+
+
+def _visible(problem, extras, valid):
+    """[padded, 128] bool or None: keys that exist and are not hidden."""
+    if "hidden" not in extras:
+        return valid
+    shown = extras["hidden"][0] > HIDE / 2
+    return shown if valid is None else shown & valid
+
+
+def _forward_kernel(q_ref, k_ref, v_ref, extras, o_ref, keys, values, *, problem):
+    heads, rows = problem.heads, problem.block
+    dtype = q_ref.dtype
+
+    @pl.when(pl.program_id(1) == 0)
+    def _prepare_row():
+        padded = problem.padded
+        valid = _valid(padded, problem.size) if padded != problem.size else None
+        visible = _visible(problem, extras, valid)
+        for head in range(heads.count):
+            own = heads.own(head, padded)
+            k = _own_float(_reader(k_ref, 0, heads), heads, head, padded, valid)
+            k = _prepare(problem, extras, head, 1, 0, padded, dtype).forward(k)
+            keys[head] = _hide_keys(k, head, problem, extras, valid).astype(dtype)
+            v = jnp.where(own, heads.gather(_reader(v_ref, 0, heads), head), jnp.ones((), dtype))
+            values[head] = v if visible is None else jnp.where(visible, v, jnp.zeros((), dtype))
+
+    tiles = [None] * heads.tiles
+    first = pl.program_id(1) * rows
+    for head in range(heads.count):
+        q = _own_float(_reader(q_ref, 0, heads), heads, head, rows, None)
+        q = _prepare(problem, extras, head, 0, first, rows, dtype).forward(q) * problem.scale
+        q = at_lane(q, heads.spare(head), 1.0).astype(dtype)
+        scores = dot(q, keys[head], ROWS_BY_ROWS)
+        weights = jnp.exp2(scores - scores.max(-1, keepdims=True)).astype(dtype)
+        out = dot(weights, values[head])
+        total = out[:, heads.spare(head) : heads.spare(head) + 1]
+        heads.scatter(tiles, head, out * (1.0 / jnp.maximum(total, TINY)))
+    for tile, x in enumerate(tiles):
+        o_ref[0, :, tile * LANES : (tile + 1) * LANES] = x.astype(dtype)
+
+
+def _forward(qkv, extras, problem):
+    rows, size, c3 = qkv.shape
+    channels, padded, block = c3 // 3, problem.padded, problem.block
+    whole = lambda which: pl.BlockSpec((1, padded, channels), lambda row, _: (row, 0, which))
+    queries = pl.BlockSpec((1, block, channels), lambda row, i: (row, i, 0))
+    prepared = pltpu.VMEM((problem.heads.count, padded, LANES), qkv.dtype)
+    return pl.pallas_call(
+        functools.partial(_forward_kernel, problem=problem),
+        grid=(rows, -(-size // block)),
+        in_specs=[queries, whole(1), whole(2), _extra_specs(extras, problem)],
+        out_specs=queries,
+        out_shape=jax.ShapeDtypeStruct((rows, size, channels), qkv.dtype),
+        scratch_shapes=[prepared, prepared],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
+        interpret=problem.interpret,
+        name="stdit_spatial",
+    )(qkv, qkv, qkv, extras)
+
+
+def _backward_kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
+    d_norm_ref, (dk_sum, dv_sum) = (rest[0], rest[1:]) if "norm" in extras else (None, rest)
+    heads, padded, rows = problem.heads, problem.padded, problem.block_backward
+    dtype = qkv_ref.dtype
+    norm = extras.get("norm")
+    valid = _valid(padded, problem.size) if padded != problem.size else None
+    ragged = padded != problem.size or problem.size % rows
+    inverse = 1 / LOG2E
+    row = slice(0, padded)
+    for head in range(heads.count):
+        k_raw = _own_float(_reader(qkv_ref, 1, heads, row), heads, head, padded, valid)
+        k_preparation = _prepare(problem, extras, head, 1, 0, padded, dtype)
+        k = _hide_keys(k_preparation.forward(k_raw), head, problem, extras, valid).astype(dtype)
+        v = _own_float(_reader(qkv_ref, 2, heads, row), heads, head, padded, _visible(problem, extras, valid)).astype(
+            dtype
+        )
+        dk_sum[...] = jnp.zeros_like(dk_sum)
+        dv_sum[...] = jnp.zeros_like(dv_sum)
+
+        def block(i, d_weight, head=head, k=k, v=v):
+            first = pl.multiple_of(i * rows, 16)
+            at = pl.ds(first, rows)
+            exists = _valid(rows, problem.size, first) if ragged else None
+            q_raw = _own_float(_reader(qkv_ref, 0, heads, at), heads, head, rows, exists)
+            q_preparation = _prepare(problem, extras, head, 0, first, rows, dtype)
+            q = at_lane(q_preparation.forward(q_raw) * problem.scale, heads.spare(head), 1.0).astype(dtype)
+            do = _own_float(_reader(do_ref, 0, heads, at), heads, head, rows, exists).astype(dtype)
+            scores = dot(k, q, ROWS_BY_ROWS)  # [keys, queries]
+            peak = scores.max(0, keepdims=True)
+            weights = jnp.exp2(scores - peak)
+            seen = jnp.where(peak > HIDE / 2, 1.0 / weights.sum(0, keepdims=True), 0.0)
+            weights = weights * seen
+            d_weights = dot(v, do, ROWS_BY_ROWS)
+            slope = (weights * (d_weights - (weights * d_weights).sum(0, keepdims=True))).astype(dtype)
+            dv_sum[...] += dot(weights.astype(dtype), do)
+            dk_sum[...] += dot(slope, q)
+            dq = dot(slope, k, COLUMNS_BY_COLUMNS) * (problem.scale * inverse)
+            own = heads.own(head, rows)
+            dq, d_weight_here = q_preparation.backward(q_raw, jnp.where(own, dq, 0.0))
+            _merge(d_ref, heads, head, 0, at, dq.astype(dtype))
+            return d_weight if d_weight is None else d_weight + _fold(d_weight_here)
+
+        start = None if norm is None else jnp.zeros((8, LANES), jnp.float32)
+        d_weight_q = _loop(-(-problem.size // rows), block, start)
+        own = heads.own(head, padded)
+        dk = jnp.where(own, dk_sum[...], 0.0) * inverse
+        dk, d_weight_k = k_preparation.backward(k_raw, dk)
+        _merge(d_ref, heads, head, 1, row, dk.astype(dtype))
+        _merge(d_ref, heads, head, 2, row, dv_sum[...].astype(dtype))
+        if norm is not None:
+            _merge(d_norm_ref.at[0], heads, head, 0, slice(None), d_weight_q, lead=0)
+            _merge(d_norm_ref.at[0], heads, head, 0, slice(None), _fold(d_weight_k), lead=1)
+
+
+def _loop(count, body, start):
+    """fori_loop that keeps a None carry and unrolls short loops."""
+    if count <= 2:
+        for i in range(count):
+            start = body(i, start)
+        return start
+    if start is None:
+        return jax.lax.fori_loop(0, count, lambda i, _: (body(i, None), 0)[1], 0)
+    return jax.lax.fori_loop(0, count, body, start)
+
+
+def _fold(x):
+    """Sum of the rows as [8, 128], so that no sublanes are crossed."""
+    return x.reshape(x.shape[0] // 8, 8, LANES).sum(0)
+
+
+def _merge(ref, heads, head, which, at, x, lead=0):
+    """Writes the head's lanes of x into its tiles of q (0), k (1) or v (2). Heads come in order: what lies beyond the
+    head in its last tile is written later, what lies before it in its first tile is kept."""
+    tile, first, spans = heads.place(head)
+    for step in range(1 + spans):
+        lanes = slice((which * heads.tiles + tile + step) * LANES, (which * heads.tiles + tile + step + 1) * LANES)
+        keep = step == 0 and first > 0
+        lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+        ref[lead, at, lanes] = jnp.where(lane >= first, x, ref[lead, at, lanes]) if keep else x
+
+
+def _backward(qkv, extras, d_out, problem):
+    rows, _, c3 = qkv.shape
+    padded = max(problem.padded, -(-problem.size // problem.block_backward) * problem.block_backward)
+    row = lambda width: pl.BlockSpec((1, padded, width), lambda i: (i, 0, 0), **_single(padded * c3, qkv.dtype))
+    out_specs, out_shape = [row(c3)], [jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)]
+    if "norm" in extras:
+        out_specs.append(pl.BlockSpec((1, 2, 8, c3 // 3), lambda i: (i, 0, 0, 0)))
+        out_shape.append(jax.ShapeDtypeStruct((rows, 2, 8, c3 // 3), jnp.float32))
+    total = pltpu.VMEM((problem.padded, LANES), jnp.float32)
+    return pl.pallas_call(
+        functools.partial(_backward_kernel, problem=problem),
+        grid=(rows,),
+        in_specs=[row(c3), row(c3 // 3), _extra_specs(extras, problem)],
+        out_specs=out_specs,
+        out_shape=out_shape,
+        scratch_shapes=[total, total],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT),
+        interpret=problem.interpret,
+        name="stdit_spatial_backward",
+    )(qkv, d_out, extras)
+
+
+def _single(elements, dtype):
+    """Long rows are not double-buffered: they would not fit."""
+    return {"pipeline_mode": pl.Buffered(1)} if elements * jnp.dtype(dtype).itemsize > 12 << 20 else {}
