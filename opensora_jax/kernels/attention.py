@@ -12,12 +12,14 @@ import logging
 from types import ModuleType
 
 from opensora_jax.kernels import cudnn, pallas_gpu, spec, xla
+from opensora_jax.kernels.sharded import over_mesh
 from opensora_jax.kernels.spec import Call, Unsupported
 
 log = logging.getLogger("opensora_jax.kernels")
 
 BACKENDS: dict[str, ModuleType] = {"xla": xla, "cudnn": cudnn, "pallas_gpu": pallas_gpu}
 PREFERENCE = {"tpu": ("xla",), "cuda": ("cudnn", "xla")}  # fastest first; other platforms take the reference
+QUERY_AXES = ("batch", "tokens", "heads", None)
 
 
 def attention(
@@ -44,9 +46,25 @@ def attention(
     batch, queries, heads, head_dim = q_btnh.shape
     extras = {name for name, value in optional.items() if value is not None} | ({"causal"} if causal else set())
     call = Call("attention", batch, queries, k_bsnh.shape[1], heads, head_dim, str(q_btnh.dtype), frozenset(extras))
-    run = BACKENDS[choose(call, BACKENDS, PREFERENCE, implementation)].attention
+    name = choose(call, BACKENDS, PREFERENCE, implementation)
     scale = head_dim**-0.5 if scale is None else scale
-    return run(q_btnh, k_bsnh, v_bsnh, causal=causal, scale=scale, **optional)
+    run = functools.partial(BACKENDS[name].attention, causal=causal, scale=scale)
+    operands = {"q_btnh": q_btnh, "k_bsnh": k_bsnh, "v_bsnh": v_bsnh, **optional}
+    if name == "xla" or causal:  # a share of the queries does not know where it begins
+        return run(**operands)
+    return over_mesh(run, operands, _axes(bias), (*q_btnh.shape[:3], v_bsnh.shape[3]), QUERY_AXES)
+
+
+def _axes(bias):
+    """Logical axes of the operands."""
+    keys = ("batch", None, "heads", None)
+    ids = (("batch", "tokens"), ("batch", None))
+    names = {"q_btnh": QUERY_AXES, "k_bsnh": keys, "v_bsnh": keys, "segment_ids": ids}
+    names |= {"kv_lengths": ("batch",), "kv_mask": ("batch", None)}
+    if bias is not None:
+        wide = zip(("batch", "heads", "tokens", None), bias.shape)
+        names["bias"] = tuple(axis if size > 1 else None for axis, size in wide)
+    return names
 
 
 def choose(call: Call, backends: dict[str, ModuleType], preference: dict, implementation: str | None) -> str:

@@ -7,16 +7,18 @@ over S for each frame, temporal mode over T for each position. Fused back ends s
 in fast memory; the others go through `attention`.
 """
 
+import functools
 from types import ModuleType
 
 import jax.numpy as jnp
 
 from opensora_jax.kernels import attention as dispatch
-from opensora_jax.kernels import spec, stdit_gpu, xla
+from opensora_jax.kernels import spec, stdit_gpu, stdit_tpu, xla
+from opensora_jax.kernels.sharded import over_mesh
 from opensora_jax.kernels.spec import Call, Unsupported
 
-FUSED: dict[str, ModuleType] = {"pallas_gpu": stdit_gpu}
-PREFERENCE: dict[str, tuple[str, ...]] = {}  # fastest first, by platform
+FUSED: dict[str, ModuleType] = {"pallas_tpu": stdit_tpu, "pallas_gpu": stdit_gpu}
+PREFERENCE: dict[str, tuple[str, ...]] = {"tpu": ("pallas_tpu",)}  # fastest first, by platform
 COMPOSED = "composed"
 
 
@@ -62,11 +64,15 @@ def stdit_attention(
     extras = frozenset(name for name, value in optional.items() if value is not None)
     call = Call(mode, b * t * s // row, row, row, num_heads, head_dim, str(qkv_btsc.dtype), extras)
     fused = _fused(call, implementation)
-    arguments = {"num_heads": num_heads, "mode": mode, "q_scale": q_scale, "k_scale": k_scale, "rope": rope}
-    arguments |= {"norm_before_rope": norm_before_rope, "kv_mask": kv_mask}
-    if fused is not None:
-        return fused.stdit_attention(qkv_btsc, **arguments)
-    return composed(qkv_btsc, implementation=implementation, **arguments)
+    arrays = {"q_scale": q_scale, "k_scale": k_scale, "rope": rope, "kv_mask": kv_mask}
+    static = {"num_heads": num_heads, "mode": mode, "norm_before_rope": norm_before_rope}
+    if fused is None:
+        return composed(qkv_btsc, implementation=implementation, **static, **arrays)
+    # What does not attend to each other is shared out: frames in spatial mode, positions in temporal mode.
+    axes = ("batch", "frames", None, None) if mode == "spatial" else ("batch", None, "space", None)
+    whole = {"q_scale": (None,), "k_scale": (None,), "rope": ((None, None),) * 2, "kv_mask": ("batch", None)}
+    run = functools.partial(fused.stdit_attention, **static)
+    return over_mesh(run, {"qkv_btsc": qkv_btsc, **arrays}, {"qkv_btsc": axes, **whole}, (b, t, s, c3 // 3), axes)
 
 
 def _fused(call: Call, implementation: str | None) -> ModuleType | None:

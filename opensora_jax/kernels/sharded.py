@@ -1,0 +1,32 @@
+"""Kernels under a mesh: the compiler cannot partition them, so they run on each device's share of batch and tokens.
+
+Samples are cut along the batch axes and what does not attend to each other along the context axis: frames in spatial
+mode, positions in temporal mode, queries in plain attention (keys stay whole). Leaving and entering these layouts is
+left to the compiler: between a spatial and a temporal block it becomes one all-to-all.
+"""
+
+import jax
+
+from opensora_jax.parallel import rules, shard
+
+
+def over_mesh(run, operands: dict, names: dict, out_shape, out_names):
+    """run(**operands) under the current layout. `names`: logical axes of each operand (a tuple of tuples where the
+    operand is a tuple of arrays); operands that are None are passed on."""
+    where = shard.current()
+    if where is None or where.mesh.size == 1 or jax.sharding.get_abstract_mesh().manual_axes:
+        return run(**operands)
+    given = {name: x for name, x in operands.items() if x is not None}
+    spec = lambda axes, x: rules.spec(axes, x.shape, where.rules, where.sizes)
+    specs = {
+        name: tuple(map(spec, names[name], x)) if isinstance(x, tuple) else spec(names[name], x)
+        for name, x in given.items()
+    }
+    missing = {name: None for name in operands if name not in given}
+    return jax.shard_map(
+        lambda given: run(**given, **missing),
+        mesh=where.mesh,
+        in_specs=(specs,),
+        out_specs=rules.spec(out_names, out_shape, where.rules, where.sizes),
+        check_vma=False,
+    )(given)

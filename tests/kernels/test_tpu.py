@@ -1,0 +1,69 @@
+"""Our TPU kernels in Pallas' interpreter against float64 and the reference's gradients; their lowering to Mosaic."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import pytest
+
+from opensora_jax.kernels import spec, stdit_tpu
+from opensora_jax.kernels.spec import Unsupported
+from opensora_jax.kernels.stdit import stdit_attention
+from tests.kernels.cases import BY_NAME, CASES
+from tests.kernels.compare import check
+
+# Four heads of 96 span lane tiles as sixteen of 72 do, at a quarter of the work.
+SMALL = {
+    "spatial": (("v1.2 spatial 360p", "float32"), ("v1.3 window T=15", "float32"), ("v1.0 spatial 64x512", "bfloat16")),
+    "temporal": (
+        ("v1.1 temporal T=16 360p", "float32"),
+        ("v1.2 temporal T=30 480p", "float32"),
+        ("v1.2 temporal T=60 720p", "bfloat16"),
+        ("v1.0 temporal T=16", "bfloat16"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name, dtype", [pair for pairs in SMALL.values() for pair in pairs])
+def test_fused_rows_match_float64(name, dtype):
+    case = replace(BY_NAME[name].small(), batch=1, heads=4, head_dim=96)
+    if case.kind == "temporal":
+        case = replace(case, queries=min(case.queries, 24))
+    check(case, dtype, functools.partial(stdit_attention, implementation="pallas_tpu"))
+
+
+@pytest.mark.parametrize("name", ["v1.2 spatial 480p", "v1.2 temporal T=30 480p", "v1.0 temporal T=16"])
+def test_lowers_to_mosaic_at_full_size(name):
+    case = BY_NAME[name]
+    extras = replace(case, **{"queries" if case.kind == "spatial" else "keys": 1}).inputs()[1]
+    shapes = jax.eval_shape(lambda: case.inputs()[0])
+
+    def both(x):
+        out, pull = jax.vjp(functools.partial(stdit_attention, implementation="pallas_tpu", **extras), x)
+        return out, pull(out)
+
+    with spec.target("v6e"):
+        text = jax.jit(both).trace(*shapes).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") >= 2
+
+
+def test_automatic_choice_on_a_tpu():
+    for case in CASES:
+        if case.fused:
+            stdit_tpu.supports(spec.Call(case.kind, 1, case.row, case.row, case.heads, case.head_dim, "bfloat16"))
+    shapes = jax.ShapeDtypeStruct((1, 2, 128, 3 * 384), jax.numpy.bfloat16)
+    with spec.target("v5e"):
+        jaxpr = str(jax.make_jaxpr(functools.partial(stdit_attention, num_heads=4))(shapes))
+    assert "stdit_spatial" in jaxpr
+
+
+def test_layouts_that_do_not_fit_are_refused_with_the_reason():
+    for call, reason in {
+        spec.Call("spatial", 4, 64, 64, 26, 72, "bfloat16"): "no whole tiles",
+        spec.Call("spatial", 4, 64, 64, 16, 128, "bfloat16"): "no spare lane",
+        spec.Call("spatial", 4, 20000, 20000, 16, 72, "bfloat16"): "MiB of VMEM",
+        spec.Call("temporal", 4, 200, 200, 16, 72, "bfloat16"): "200 frames",
+        spec.Call("temporal", 4, 16, 16, 16, 72, "float16"): "dtype float16",
+    }.items():
+        with pytest.raises(Unsupported, match=reason):
+            stdit_tpu.supports(call)
