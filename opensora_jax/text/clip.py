@@ -4,7 +4,6 @@ Open-Sora 2.0 conditions on the pooled output of ViT-L/14, 1.0's class of models
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,10 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from opensora_jax.common.shapes import LatentShape
-from opensora_jax.kernels.attention import attention
-from opensora_jax.nn.activations import activation
+from opensora_jax.nn.clip_block import ClipBlock
 from opensora_jax.nn.linear import Embed, Linear, normal
-from opensora_jax.nn.mlp import MLP
 from opensora_jax.nn.norms import LayerNorm
 from opensora_jax.nn.stack import run_stack, stack
 from opensora_jax.nn.taps import tap
@@ -69,7 +66,7 @@ class CLIPText(nnx.Module):
         width = cfg.hidden_size
         self.tokens = Embed(cfg.vocab_size, width, init=normal(0.02), **kwargs)
         self.positions = Embed(cfg.max_position_embeddings, width, init=normal(0.02), **kwargs)
-        self.blocks = stack(lambda r: Block(cfg, rngs=r), cfg.num_hidden_layers, rngs=rngs)
+        self.blocks = stack(lambda r: ClipBlock(cfg, causal=True, rngs=r), cfg.num_hidden_layers, rngs=rngs)
         self.final_norm = LayerNorm(width, eps=cfg.layer_norm_eps, param_dtype=cfg.param_dtype)
         self.projection = (
             Linear(width, cfg.projection_dim, ("embed", None), bias=False, init=normal(width**-0.5), **kwargs)
@@ -88,26 +85,3 @@ class CLIPText(nnx.Module):
         pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
         projected = None if self.projection is None else self.projection(pooled).astype(jnp.float32)
         return TextFeatures(x.astype(jnp.float32), pooled.astype(jnp.float32), projected)
-
-
-class Block(nnx.Module):
-    def __init__(self, cfg: Config, *, rngs):
-        kwargs = dict(dtype=cfg.dtype, param_dtype=cfg.param_dtype, rngs=rngs)
-        width, depth = cfg.hidden_size, cfg.num_hidden_layers
-        self.heads = cfg.num_attention_heads
-        norm = partial(LayerNorm, width, eps=cfg.layer_norm_eps, param_dtype=cfg.param_dtype)
-        self.norm1, self.norm2 = norm(), norm()
-        into = partial(Linear, width, width, ("embed", "heads"), init=normal((2 * depth * width) ** -0.5), **kwargs)
-        self.q, self.k, self.v = into(), into(), into()
-        self.o = Linear(width, width, ("heads", "embed"), init=normal(width**-0.5), **kwargs)
-        self.mlp = MLP(
-            width, cfg.intermediate_size, act=activation(cfg.hidden_act), init=normal((2 * width) ** -0.5),
-            init_out=normal((2 * depth * width) ** -0.5), **kwargs,
-        )  # fmt: skip
-
-    def __call__(self, x, mask):
-        split = lambda a: a.reshape(*a.shape[:-1], self.heads, -1)
-        h = self.norm1(x)
-        h = attention(split(self.q(h)), split(self.k(h)), split(self.v(h)), kv_mask=mask, causal=True)
-        x = x + self.o(h.reshape(x.shape))
-        return x + self.mlp(self.norm2(x))

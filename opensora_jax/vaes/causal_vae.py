@@ -92,6 +92,14 @@ def inputs(cfg: Config, shape: LatentShape) -> dict[str, jax.ShapeDtypeStruct]:
     return {"x": jax.ShapeDtypeStruct(sizes, "float32")}
 
 
+def latent_size(cfg: Config, frames, height, width) -> tuple:
+    """[T, H, W] of pixels → of latents; None stays None."""
+    for part in cfg.encoder_temporal_downsample:
+        frames = (frames + 1) // 2 if part and frames is not None else frames
+    space = 2 ** sum(map(bool, cfg.encoder_spatial_downsample))
+    return (frames, *(None if side is None else side // space for side in (height, width)))
+
+
 class CausalVAE(nnx.Module):
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -101,13 +109,6 @@ class CausalVAE(nnx.Module):
         conv = make.conv(cfg.q_conv)
         self.quant_conv = conv(2 * cfg.z_channels, 2 * cfg.embed_dim, 1)
         self.post_quant_conv = conv(cfg.embed_dim, cfg.z_channels, 1)
-
-    def latent_size(self, frames, height, width):
-        """[T, H, W] of pixels → of latents; None stays None."""
-        for part in self.cfg.encoder_temporal_downsample:
-            frames = (frames + 1) // 2 if part and frames is not None else frames
-        space = 2 ** sum(map(bool, self.cfg.encoder_spatial_downsample))
-        return (frames, *(None if side is None else side // space for side in (height, width)))
 
     def posterior(self, x) -> Posterior:
         """x [B, T, H, W, 3] in [-1, 1]; unscaled."""

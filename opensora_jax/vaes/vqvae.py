@@ -71,6 +71,12 @@ def inputs(cfg: Config, shape: LatentShape) -> dict[str, jax.ShapeDtypeStruct]:
     return {"x": jax.ShapeDtypeStruct((shape.batch, *sizes, 3), "float32")}
 
 
+def latent_size(cfg: Config, frames, height, width) -> tuple:
+    """[T, H, W] of pixels → of latents; None stays None."""
+    sizes = zip((frames, height, width), cfg.downsample)
+    return tuple(None if size is None else size // factor for size, factor in sizes)
+
+
 class Quantised(NamedTuple):
     embeddings: jax.Array  # [B, t, h, w, D]; the gradient passes straight through to what was quantised
     codes: jax.Array  # [B, t, h, w] int32
@@ -144,13 +150,8 @@ class VQVAE(nnx.Module):
         self.post_vq_conv = _conv(cfg, cfg.embedding_dim, cfg.n_hiddens, 1, rngs=rngs)
         self.codebook = Codebook(cfg, rngs=rngs)
 
-    def latent_size(self, frames, height, width):
-        """[T, H, W] of pixels → of latents; None stays None."""
-        sizes = zip((frames, height, width), self.cfg.downsample)
-        return tuple(None if size is None else size // factor for size, factor in sizes)
-
-    def encode(self, x, *, train: bool = False):
-        """x [B, T, H, W, 3] in [-1, 1] → latents before quantisation [B, t, h, w, D]."""
+    def encode(self, x, key=None, *, train: bool = False):
+        """x [B, T, H, W, 3] in [-1, 1] → latents before quantisation [B, t, h, w, D]; nothing here is drawn by key."""
         if any(size % factor for size, factor in zip(x.shape[1:4], self.cfg.downsample)):
             raise UserError(f"vqvae: a clip of {x.shape[1:4]} (T, H, W) does not divide by {self.cfg.downsample}")
         h = tap("encoder", self.encoder((x / 2).astype(self.cfg.dtype), train=train))
@@ -162,9 +163,9 @@ class VQVAE(nnx.Module):
     def quantise(self, z) -> Quantised:
         return quantise(z, self.codebook.embeddings[...])
 
-    def decode(self, z):
-        """Latents, quantised or not → [B, T, H, W, 3] float32 in [-1, 1]."""
-        return self._pixels(self.quantise(z).embeddings)
+    def decode(self, z, num_frames=None):
+        """Latents, quantised or not → [B, T, H, W, 3] float32 in [-1, 1], cut to num_frames."""
+        return self._pixels(self.quantise(z).embeddings)[:, :num_frames]
 
     def decode_codes(self, codes):
         return self._pixels(self.codebook.embeddings[...][codes])

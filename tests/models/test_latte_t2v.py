@@ -8,7 +8,7 @@ import pytest
 from opensora_jax.common.shapes import LatentShape
 from opensora_jax.models import latte_t2v
 from opensora_jax.nn.params import Network
-from tests.checks import check_case, check_manifest
+from tests.checks import check_case, check_manifest, random_params
 
 SIZE = dict(sample_size=(4, 4), video_length=3, hidden_size=16, depth=2, num_heads=2)
 
@@ -29,7 +29,7 @@ def test_manifests(goldens, manifest, preset):
 def text_model():
     cfg = latte_t2v.Config(**SIZE, caption_channels=6, caption_tokens=3, activation="geglu", norm_affine=True)
     net = Network.of(lambda rngs: latte_t2v.build(cfg, rngs=rngs))
-    return net, net.init(jax.random.key(0))
+    return net, random_params(net)
 
 
 def test_stills_and_video_do_not_see_each_other(text_model):
@@ -62,7 +62,7 @@ def test_a_dropped_caption_is_the_null_caption_and_a_hidden_one_is_seen(text_mod
 def test_labels_condition_and_the_last_row_is_no_class():
     cfg = latte_t2v.Config(**SIZE, caption_channels=0, num_classes=3)
     net = Network.of(lambda rngs: latte_t2v.build(cfg, rngs=rngs))
-    params = net.init(jax.random.key(1))
+    params = random_params(net)
     arrays = latte_t2v.inputs(cfg, LatentShape(2, 3, 4, 6))
     given = {name: jnp.ones(leaf.shape, leaf.dtype) for name, leaf in arrays.items()}
     run = jax.jit(lambda labels, drop: net(params, **(given | {"labels": labels}), drop_label=drop))

@@ -8,7 +8,7 @@ import pytest
 from opensora_jax.models import lpips
 from opensora_jax.nn.params import Network
 from opensora_jax.weights import lpips as weights
-from tests.checks import check_case, check_round_trip
+from tests.checks import check_case, check_round_trip, random_params
 
 
 def test_recorded_case(goldens):
@@ -33,8 +33,7 @@ def test_torchvision_and_channel_weights_make_a_whole(net):
 @pytest.fixture(scope="module")
 def distance():
     net = Network.of(lambda rngs: lpips.build(lpips.Config("alex"), rngs=rngs))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.05 * rng.normal(size=leaf.shape), "float32"), net.abstract)
+    params = random_params(net)
     params["lin"] = jax.tree.map(jnp.abs, params["lin"])
     return jax.jit(lambda x, y, spatial: net(params, x, y, spatial=spatial), static_argnums=2)
 

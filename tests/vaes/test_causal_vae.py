@@ -9,7 +9,7 @@ from opensora_jax.common.errors import UserError
 from opensora_jax.common.shapes import LatentShape
 from opensora_jax.nn.params import Network
 from opensora_jax.vaes import causal_vae
-from tests.checks import check_case, check_manifest
+from tests.checks import check_case, check_manifest, random_params
 
 TINY = dict(
     hidden_size=32,
@@ -37,11 +37,10 @@ def test_manifest(goldens):
 def test_sizes_and_scale_round_trip():
     cfg = causal_vae.Config(**TINY)
     net = Network.of(lambda rngs: causal_vae.build(cfg, rngs=rngs))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: 0.1 * rng.normal(size=leaf.shape).astype("f4"), net.abstract)
+    params = random_params(net)
     x = jnp.zeros(causal_vae.inputs(cfg, LatentShape(1, 3, 4, 4))["x"].shape)
     posterior = jax.jit(lambda x: net(params, x, method="posterior"))(x)
-    size = net.module(params).latent_size(*x.shape[1:4])
+    size = causal_vae.latent_size(cfg, *x.shape[1:4])
     assert posterior.mean.shape == (1, *size, 4) == (1, 3, 4, 4, 4)
     z = jax.jit(lambda x: net(params, x, method="encode"))(x)
     np.testing.assert_allclose(z, posterior.mean * 0.18215, atol=1e-5)

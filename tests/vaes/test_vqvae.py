@@ -8,7 +8,7 @@ import pytest
 from opensora_jax.common.errors import UserError
 from opensora_jax.nn.params import Network
 from opensora_jax.vaes import vqvae
-from tests.checks import check_case, check_manifest
+from tests.checks import check_case, check_manifest, random_params
 
 
 @pytest.mark.parametrize("case", ["vqvae_444", "vqvae_codebook_ema"])
@@ -26,14 +26,14 @@ def test_manifests(goldens, preset):
 def model():
     cfg = vqvae.Config(embedding_dim=4, n_codes=8, n_hiddens=4, n_res_layers=1, downsample=(2, 4, 2))
     net = Network.of(lambda rngs: vqvae.build(cfg, rngs=rngs))
-    return net, net.init(jax.random.key(0))
+    return net, random_params(net)
 
 
 def test_axes_shrink_by_their_own_factors(model):
     net, params = model
     x = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (1, 4, 8, 6, 3)), jnp.float32)
     codes = jax.jit(lambda x: net(params, x, method="codes"))(x)
-    assert codes.shape == (1, 2, 2, 3) == (1, *net.module(params).latent_size(4, 8, 6))
+    assert codes.shape == (1, 2, 2, 3) == (1, *vqvae.latent_size(net.module(params).cfg, 4, 8, 6))
     assert net(params, codes, method="decode_codes").shape == x.shape
     with pytest.raises(UserError, match="divide"):
         net(params, x[:, :3], method="encode")
