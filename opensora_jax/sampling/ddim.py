@@ -20,6 +20,7 @@ import numpy as np
 
 from opensora_jax.diffusion import iddpm
 from opensora_jax.diffusion.masking import over_frames
+from opensora_jax.sampling.noise import draw
 
 
 class State(NamedTuple):
@@ -48,21 +49,15 @@ class Ancestral:
         """One step; `noise` replaces the draws: with a mask the pair (for joining frames, of the step)."""
         x, key = state.latents, state.key
         t = jnp.full(x.shape[0], self.steps - 1 - i)
-        drawn = noise
-        if noise is None:
-            key, a, b = jax.random.split(key, 3)
-            drawn = jax.random.normal(b, x.shape, x.dtype)
-            joining = jax.random.normal(a, x.shape, x.dtype)
-        elif state.mask is not None:
-            joining, drawn = noise
+        key, draws = draw(key, noise, x, count=1 if state.mask is None else 2)
         before, extra = x, {}
         if state.mask is not None:
             level = (state.mask * self.steps).astype(jnp.int32)
             here = over_frames(level == t[:, None], x)
-            x = jnp.where(here, iddpm.q_sample(x, t, joining, self.process).astype(x.dtype), x)
+            x = jnp.where(here, iddpm.q_sample(x, t, draws[0], self.process).astype(x.dtype), x)
             extra["x_mask"] = level > t[:, None]
         output = predict(x, jnp.broadcast_to(jnp.asarray(times)[i], x.shape[:1]), **extra)
-        out = self._move(output.astype(jnp.float32), x, t, drawn).astype(x.dtype)
+        out = self._move(output.astype(jnp.float32), x, t, draws[-1]).astype(x.dtype)
         if state.mask is not None:
             out = jnp.where(over_frames(level < t[:, None], x), before, out)
         return State(out, key, state.mask)

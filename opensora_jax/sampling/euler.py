@@ -25,6 +25,7 @@ import numpy as np
 from opensora_jax.diffusion.masking import over_frames
 from opensora_jax.diffusion.rectified_flow import add_noise
 from opensora_jax.diffusion.timesteps import PixelShift, TokenShift, euler_schedule
+from opensora_jax.sampling.noise import draw
 
 
 class State(NamedTuple):
@@ -64,10 +65,9 @@ class Euler:
         t, t_next = jnp.asarray(times)[i], jnp.asarray(times)[i + 1]
         x, key, extra = state.latents, state.key, {}
         before, active = x, None
-        if noise is None and (state.mask is not None or state.reference is not None):
-            key, sub = jax.random.split(key)
-            noise = jax.random.normal(sub, x.shape, x.dtype)
-        if state.mask is not None:
+        if state.mask is not None or state.reference is not None:
+            key, (noise,) = draw(key, noise, x)
+        if state.mask is not None and state.noised is not None:
             active = state.mask * self.num_timesteps >= t[:, None]
             joining = active & ~state.noised
             x = jnp.where(over_frames(joining, x), add_noise(x, noise, t, self.num_timesteps).astype(x.dtype), x)

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opensora_jax.sampling.noise import draw
+
 
 @dataclass(frozen=True, eq=False)
 class Table:
@@ -100,9 +102,7 @@ class Linear:
             anchor = jnp.where(jnp.asarray(self.table.anchors)[i], state.latents, anchor)
             new = new + row["anchored"] * anchor.astype(jnp.float32)
         if self.table.noise.any():
-            if noise is None:
-                key, sub = jax.random.split(key)
-                noise = jax.random.normal(sub, x.shape)
+            key, (noise,) = draw(key, noise, x)
             new = new + row["noise"] * noise
         here = jnp.arange(len(state.slots)) == jnp.asarray(self.table.write)[i]
         slots = jnp.where(here.reshape((-1,) + (1,) * x.ndim), m, state.slots)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from opensora_jax.common.errors import UserError
 from opensora_jax.diffusion.iddpm import Config, tables
 from opensora_jax.sampling.ddim import DDIM, Ancestral
 
@@ -66,18 +67,21 @@ def draws():
 def test_masked_frames_join_at_their_level(draws):
     cfg, seen = Config(respacing="4"), []
     mask = jnp.array([[0.0, 0.5, 1.0]] * 2)
-
-    def predict(x, t, x_mask):
-        seen.append((np.asarray(t), np.asarray(x), np.asarray(x_mask)))
-        return jnp.zeros((*x.shape[:-1], 8))
-
     solver = Ancestral(cfg)
     times, state = solver.schedule(SHAPE), solver.init(draws[0], mask=mask)
+
+    @jax.jit
+    def step(state, i, noise):
+        fed = []
+        predict = lambda x, t, x_mask: fed.append((t, x, x_mask)) or jnp.zeros((*x.shape[:-1], 8))
+        return solver.step(predict, state, i, times, noise=noise), fed[0]
+
     noise = list(zip(draws[1:5], draws[5:]))
     before = []
     for i in range(4):
         before.append(np.asarray(state.latents))
-        state = solver.step(predict, state, i, times, noise=noise[i])
+        state, fed = step(state, i, noise[i])
+        seen.append(tuple(map(np.asarray, fed)))
     assert [t[0].item() for t, _, _ in seen] == [999, 666, 333, 0]
     assert [m[0].tolist() for _, _, m in seen] == [[False, False, True]] * 2 + [[False, True, True]] * 2
     np.testing.assert_array_equal(before[2][:, :1], draws[0][:, :1])
@@ -86,6 +90,12 @@ def test_masked_frames_join_at_their_level(draws):
     np.testing.assert_allclose(seen[1][1][:, 1], joined, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(before[1], np.where([[[[[1]]], [[[1]]], [[[0]]]]] * 2, draws[0], before[1]))
     assert np.abs(np.asarray(state.latents)[:, 0] - draws[0][:, 0]).max() > 1e-3  # the quirk
+
+
+def test_a_missing_key_is_named(draws):
+    solver = Ancestral(Config(respacing="2"))
+    with pytest.raises(UserError, match="key"):
+        solver.step(best(solver.process), solver.init(draws[0]), 0, solver.schedule(SHAPE))
 
 
 def test_keys_decide():
