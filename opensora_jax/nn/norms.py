@@ -26,16 +26,17 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Over the last axis, a learned weight, no mean (q/k norm, T5)."""
+    """Over the last axis, a learned weight, no mean (q/k norm, T5); DC-AE adds a bias."""
 
-    def __init__(self, features: int, *, eps: float = 1e-6, param_dtype="float32"):
+    def __init__(self, features: int, *, eps: float = 1e-6, bias: bool = False, param_dtype="float32"):
         self.eps = eps
         self.scale = nnx.Param(jnp.ones(features, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(features, param_dtype)) if bias else None
 
     def __call__(self, x):
         x32 = x.astype(jnp.float32)
         y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
-        return _affine(y, self.scale, None).astype(x.dtype)
+        return _affine(y, self.scale, self.bias).astype(x.dtype)
 
 
 class GroupNorm(nnx.Module):

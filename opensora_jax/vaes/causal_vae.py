@@ -22,7 +22,7 @@ from opensora_jax.nn.layers import Layers
 from opensora_jax.nn.linear import Conv
 from opensora_jax.nn.norms import GroupNorm
 from opensora_jax.nn.taps import tap
-from opensora_jax.vaes.posterior import Posterior
+from opensora_jax.vaes.posterior import Posterior, Reconstruction
 from opensora_jax.vaes.tiling import Tiles, over_space
 
 RESNETS_3D = ("ResnetBlock3D",) * 4
@@ -137,7 +137,7 @@ class CausalVAE(nnx.Module):
     def __call__(self, x, key=None):
         """Reconstruction and posterior, for training."""
         posterior = self.posterior(x)
-        return self.pixels(posterior.sample(key)), posterior
+        return Reconstruction(self.pixels(posterior.sample(key)), posterior)
 
     def _moments(self, x):
         return self.quant_conv(self.encoder(x))

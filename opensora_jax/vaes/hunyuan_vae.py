@@ -22,7 +22,7 @@ from opensora_jax.nn.layers import Layers
 from opensora_jax.nn.linear import Linear
 from opensora_jax.nn.norms import GroupNorm
 from opensora_jax.vaes import tiling
-from opensora_jax.vaes.posterior import Posterior
+from opensora_jax.vaes.posterior import Posterior, Reconstruction
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class HunyuanVAE(nnx.Module):
         """Reconstruction and posterior, for training."""
         posterior = self.posterior(x)
         latents = (posterior.sample(key) - self.cfg.shift_factor) * self.cfg.scale_factor
-        return self.decode(latents, x.shape[1]), posterior
+        return Reconstruction(self.decode(latents), posterior)
 
     def _tiles(self, *, encoding: bool) -> tuple[tiling.Tiles | None, tiling.Tiles | None]:
         """Of time and of space, where they are in use."""
@@ -136,16 +136,9 @@ class HunyuanVAE(nnx.Module):
         return cut(time, 1) if cfg.use_temporal_tiling else None, cut(space, 0) if cfg.use_spatial_tiling else None
 
     def _run(self, network, x, time: tiling.Tiles | None, space: tiling.Tiles | None):
-        def still(x):
-            return tiling.over_space(network, x, space) if space and space.cut(*x.shape[2:4]) else network(x)
-
-        def clip(x):
-            return tiling.over_time(still, x, time) if time and time.cut(x.shape[1]) else still(x)
-
+        run = partial(tiling.run, network, time=time, space=space)
         x = x.astype(self.cfg.dtype)
-        if self.cfg.use_slicing and len(x) > 1:
-            return jax.lax.map(lambda sample: clip(sample[None])[0], x)
-        return clip(x)
+        return jax.lax.map(lambda sample: run(sample[None])[0], x) if self.cfg.use_slicing and len(x) > 1 else run(x)
 
 
 class Encoder(nnx.Module):

@@ -28,3 +28,10 @@ class Posterior(NamedTuple):
         """Divergence from the standard normal, summed over everything but the batch: [B]."""
         terms = jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar
         return 0.5 * terms.sum(range(1, terms.ndim))
+
+
+class Reconstruction(NamedTuple):
+    """What an autoencoder gives to the losses of its training."""
+
+    x_rec: jax.Array  # [B, T, H, W, 3] float32
+    posterior: Posterior | None  # None: the latents have no distribution

@@ -18,7 +18,7 @@ from opensora_jax.nn.conv import upsample_nearest
 from opensora_jax.nn.layers import Layers
 from opensora_jax.nn.linear import Conv
 from opensora_jax.nn.norms import GroupNorm
-from opensora_jax.vaes.posterior import Posterior
+from opensora_jax.vaes.posterior import Posterior, Reconstruction
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class SDVAE(nnx.Module):
         """Reconstruction and posterior, for training."""
         posterior = self.posterior(x)
         pixels = self._by_frame(self._pixels, posterior.sample(key).astype(self.cfg.dtype))
-        return pixels.astype(jnp.float32), posterior
+        return Reconstruction(pixels.astype(jnp.float32), posterior)
 
     def _moments(self, x):
         h = self.encoder(x)

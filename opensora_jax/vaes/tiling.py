@@ -39,6 +39,15 @@ class Tiles:
         return [slice(i, i + self.size + self.lead) for i in starts if i == 0 or length - i > self.lead]
 
 
+def run(network: Callable, x, *, time: Tiles | None, space: Tiles | None):
+    """The network whole, or in tiles of space inside tiles of time, where x [B, T, H, W, C] is larger than one."""
+
+    def in_space(x):
+        return over_space(network, x, space) if space and space.cut(*x.shape[2:4]) else network(x)
+
+    return over_time(in_space, x, time) if time and time.cut(x.shape[1]) else in_space(x)
+
+
 def over_space(network: Callable, x, tiles: Tiles):
     """network: [B, T, h, w, C] → [B, T', h', w', C']; the same cut for both sides of x [B, T, H, W, C]."""
     rows, columns = tiles.pieces(x.shape[2]), tiles.pieces(x.shape[3])
