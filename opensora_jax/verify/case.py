@@ -102,12 +102,14 @@ def load_network(room: str, stem: str, weights: Mapping[str, np.ndarray], config
     """A network and its parameters from reference tensors in memory."""
     model = importlib.import_module(f"opensora_jax.{room}.{stem}")
     table = importlib.import_module(f"opensora_jax.weights.{stem}")
-    shapes = {name: value.shape for name, value in weights.items()}
+    shapes, read = engine.joined(
+        {n: a.shape for n, a in weights.items()}, weights.__getitem__, getattr(table, "JOINS", [])
+    )
     cfg = model.Config(**(table.config_from(shapes, config) | overrides))
     network = Network.of(lambda rngs: model.build(cfg, rngs=rngs))
     wanted = {path: leaf.shape for path, leaf in engine.flatten(network.abstract).items()}
     plan = engine.plan(shapes, wanted, table.RULES)
-    params = engine.unflatten({path: jax.numpy.asarray(a) for path, a in plan.arrays(weights.__getitem__)})
+    params = engine.unflatten({path: jax.numpy.asarray(a) for path, a in plan.arrays(read)})
     return network, params, cfg
 
 

@@ -1,9 +1,10 @@
-"""MMDiT of Open-Sora 2.0 (hpcai-tech/Open-Sora-v2, one safetensors file) and of FLUX.1 (flux1-dev.safetensors)."""
+"""MMDiT of Open-Sora 2.0 (hpcai-tech/Open-Sora-v2, one safetensors file) and of FLUX.1 (flux1-dev.safetensors, or
+diffusers' transformer/ folder, whose tensors are joined to FLUX.1's own)."""
 
 from math import isqrt
 
 from opensora_jax.common.errors import UserError
-from opensora_jax.weights.engine import Rule, copy, linear
+from opensora_jax.weights.engine import Join, Rule, copy, joins, linear, swapped
 
 DOUBLE, OUR_DOUBLE = "double_blocks.{layer}.{stream:img|txt}_", "double_blocks/{stream}/"
 SINGLE, OUR_SINGLE = "single_blocks.{layer}.", "single_blocks/"
@@ -24,11 +25,46 @@ RULES: list[Rule] = [
     *linear("final_layer.adaLN_modulation.1", "final_layer/adaln"),
 ]
 
+_BLOCK, _OURS = "transformer_blocks.{n}.", "double_blocks.{n}."
+_SINGLE, _OUR_SINGLE = "single_transformer_blocks.{n}.", "single_blocks.{n}."
+JOINS: list[Join] = [  # diffusers' FluxTransformer2DModel
+    *joins("img_in", "x_embedder"),
+    *joins("txt_in", "context_embedder"),
+    *joins("final_layer.linear", "proj_out"),
+    *joins("final_layer.adaLN_modulation.1", "norm_out.linear", combine=swapped),  # scale before shift
+    *joins(_OUR_SINGLE + "modulation.lin", _SINGLE + "norm.linear"),
+    *joins(
+        _OUR_SINGLE + "linear1", *(f"{_SINGLE}{part}" for part in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
+    ),
+    *joins(_OUR_SINGLE + "linear2", _SINGLE + "proj_out"),
+]
+for _theirs, _part in (
+    ("timestep_embedder", "time_in"),
+    ("guidance_embedder", "guidance_in"),
+    ("text_embedder", "vector_in"),
+):
+    JOINS += joins(f"{_part}.in_layer", f"time_text_embed.{_theirs}.linear_1")
+    JOINS += joins(f"{_part}.out_layer", f"time_text_embed.{_theirs}.linear_2")
+for _stream, _norm, _qkv, _out, _mlp, _qk in (
+    ("img", "norm1", "to_{}", "to_out.0", "ff", "norm_{}"),
+    ("txt", "norm1_context", "add_{}_proj", "to_add_out", "ff_context", "norm_added_{}"),
+):
+    JOINS += joins(f"{_OURS}{_stream}_mod.lin", f"{_BLOCK}{_norm}.linear")
+    JOINS += joins(f"{_OURS}{_stream}_attn.qkv", *(f"{_BLOCK}attn.{_qkv.format(part)}" for part in "qkv"))
+    JOINS += joins(f"{_OURS}{_stream}_attn.proj", f"{_BLOCK}attn.{_out}")
+    JOINS += joins(f"{_OURS}{_stream}_mlp.0", f"{_BLOCK}{_mlp}.net.0.proj")
+    JOINS += joins(f"{_OURS}{_stream}_mlp.2", f"{_BLOCK}{_mlp}.net.2")
+    for _which in ("query", "key"):
+        _scale = f"attn.{_qk.format(_which[0])}.weight"
+        JOINS.append(Join(f"{_OURS}{_stream}_attn.norm.{_which}_norm.scale", (_BLOCK + _scale,)))
+        if _stream == "img":
+            JOINS.append(Join(f"{_OUR_SINGLE}norm.{_which}_norm.scale", (_SINGLE + _scale,)))
+
 AXES = {128: (16, 56, 56)}  # the released head; others must say
 
 
 def recognise(shapes, config: dict) -> bool:
-    return "double_blocks.0.img_mod.lin.weight" in shapes and "single_blocks.0.modulation.lin.weight" in shapes
+    return "double_blocks.0.img_mod.lin.weight" in shapes or "single_transformer_blocks.0.proj_mlp.weight" in shapes
 
 
 def config_from(shapes, config: dict) -> dict:
@@ -38,7 +74,7 @@ def config_from(shapes, config: dict) -> dict:
     head = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
     fused = "double_blocks.0.img_attn.qkv.weight" in shapes
     depth = lambda blocks: 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith(f"{blocks}."))
-    axes = config.get("axes_dim") or AXES.get(head)
+    axes = config.get("axes_dim") or config.get("axes_dims_rope") or AXES.get(head)
     if axes is None:
         raise UserError(f"mmdit: heads of {head} channels; the config must give axes_dim, three numbers with that sum")
     found = dict(
@@ -57,7 +93,7 @@ def config_from(shapes, config: dict) -> dict:
         cond_embed="cond_in.weight" in shapes,
         fused_qkv=fused,
         rope="halves" if config.get("use_liger_rope", not fused) else "pairs",
-        patch_size=config.get("patch_size", 2),
+        patch_size=2 if "axes_dims_rope" in config else config.get("patch_size", 2),  # diffusers packs outside
     )
     if found["cond_embed"]:
         found["patch_size"] = isqrt(shapes["cond_in.weight"][1] - channels)
