@@ -14,10 +14,10 @@ $(VENV)/.%.stamp: requirements/%.txt pyproject.toml
 setup: $(VENV)/.run.stamp  ## create .venv and install what running needs
 
 demo: setup  ## fine-tune the shipped pipeline on a colour it has never seen
-	@$(BIN)/python -m opensora_jax.demo
+	@$(BIN)/python tools/demo.py
 
 demo-scratch: setup  ## train VAE and STDiT3 from nothing: make demo-scratch MINUTES=60
-	@$(BIN)/python -m opensora_jax.demo --scratch --minutes=$(or $(MINUTES),60)
+	@$(BIN)/python tools/demo.py --scratch --minutes=$(or $(MINUTES),60)
 
 test: $(VENV)/.test.stamp  ## the whole suite, no torch needed
 	@$(BIN)/python -m pytest $(ARGS)

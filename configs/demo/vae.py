@@ -14,17 +14,17 @@ def get_config() -> ConfigDict:
     config.steps = 1500
     config.vae = {
         "family": "video_vae",
-        "spatial": {"block_out_channels": (8, 16, 32), "layers_per_block": 1, "norm_num_groups": 4},
+        "spatial": {"block_out_channels": (8, 16, 32), "layers_per_block": 1, "norm_num_groups": 1},
         "filters": 16,
         "num_res_blocks": 1,
         "channel_multipliers": (1, 2, 2),
         "temporal_downsample": (True, True),
-        "num_groups": 4,
+        "num_groups": 1,
         "shift": (0.0, 0.0, 0.0, 0.0),
         "scale": (1.0, 1.0, 1.0, 1.0),
     }
     config.vae_loss = {"kl_weight": 1e-6, "l2_weight": 1.0, "sample_posterior": False, "calibrate_batches": 32}
-    config.optimizer = {"learning_rate": 2e-3, "eps": 1e-8, "warmup_steps": 100, "schedule": "cosine"}
+    config.optimizer = {"learning_rate": 1.5e-3, "eps": 1e-8, "warmup_steps": 50, "schedule": "cosine"}
     config.ema_decay = 0.995
     config.data = {
         "source": "shapes:all?count=16384&paint=any&seed=1&size=32",

@@ -1,0 +1,197 @@
+"""make demo: teach the shipped pipeline a colour that it has never seen, and show it.
+
+Writes shards of orange shapes (and some of the old colours, so that these are not forgotten), encodes them, samples the
+shipped pipeline, fine-tunes it with `opensora_jax.train` (interrupted and resumed once), samples again, and says where
+the pictures are. Every step is a command that is printed, so that each can be run by hand.
+
+    python tools/demo.py [--minutes=4] [--out=runs/demo] [--scratch]
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def say(text: str) -> None:
+    print(f"\n=== {text}", flush=True)
+
+
+def run(*words: str, stop_after_step: int | None = None) -> None:
+    """A module of ours as a command; with stop_after_step it gets SIGTERM once its metrics show that step."""
+    print("$ python -m " + " ".join(words), flush=True)
+    process = subprocess.Popen([sys.executable, "-m", *words], cwd=ROOT)
+    if stop_after_step is not None:
+        workdir = Path(next(word for word in words if word.startswith("--workdir=")).partition("=")[2])
+        while process.poll() is None and last_step(workdir) < stop_after_step:
+            time.sleep(0.2)
+        print("(interrupting the run: it saves and leaves; the same command then goes on)", flush=True)
+        process.send_signal(signal.SIGTERM)
+    if process.wait():
+        raise SystemExit(f"make demo stopped: the command above ended with {process.returncode}")
+
+
+def last_step(workdir: Path) -> int:
+    path = workdir / "metrics.jsonl"
+    if not path.exists():
+        return 0
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def prompts():
+    """All 24 orange scenes, and 24 of the old colours (every colour four times, seen triples only)."""
+    import numpy as np
+
+    from opensora_jax.data import shapes
+
+    orange = [scene.caption for scene in shapes.scenes("all", ("orange",))]
+    known = shapes.scenes("train")
+    rng = np.random.default_rng(0)
+    picked = []
+    for colour in shapes.COLOURS:
+        mine = [scene.caption for scene in known if scene.colour == colour]
+        picked += [mine[i] for i in rng.choice(len(mine), 4, replace=False)]
+    return orange, picked
+
+
+def sample_and_judge(source: str, batch: int = 24) -> dict:
+    from opensora_jax.pipeline import Pipeline
+    from tests.oracle import ATTRIBUTES, matches
+
+    pipeline = Pipeline.from_pretrained(source)
+    results = {}
+    for name, texts in zip(("orange", "known"), prompts()):
+        frames = pipeline.generate(texts, list(range(len(texts)))).frames
+        judged = [matches(clip, text) for clip, text in zip(frames, texts)]
+        share = {key: sum(j[key] for j in judged) / len(judged) for key in ATTRIBUTES}
+        share["all"] = sum(all(j.values()) for j in judged) / len(judged)
+        results[name] = {"texts": texts, "frames": frames, "share": share}
+    return results
+
+
+def show(before: dict, after: dict, out: Path, fps: float = 8.0) -> None:
+    import numpy as np
+
+    from opensora_jax.common.contact_sheet import contact_sheet, save_png
+    from opensora_jax.data.video_io import write_video
+
+    rows, captions = [], []
+    for i in (0, 3, 9, 12, 18, 21):
+        for label, result in (("before", before), ("after", after)):
+            rows.append(result["orange"]["frames"][i])
+            captions.append(f"{label}: {result['orange']['texts'][i]}")
+    save_png(out / "before_after.png", contact_sheet(rows, captions))
+    for label, result in (("before", before), ("after", after)):
+        (out / "videos" / label).mkdir(parents=True, exist_ok=True)
+        for text, frames in zip(result["orange"]["texts"], result["orange"]["frames"]):
+            big = np.repeat(np.repeat(frames, 4, axis=1), 4, axis=2)
+            write_video(out / "videos" / label / f"{text.replace(' ', '_')}.mp4", big, fps=fps)
+
+
+def plot_loss(workdir: Path, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from opensora_jax.training.metrics import read_jsonl
+
+    rows = read_jsonl(workdir / "metrics.jsonl")
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    smooth, level = [], losses[0]
+    for loss in losses:
+        level += 0.15 * (loss - level)
+        smooth.append(level)
+    figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
+    axes.plot(steps, losses, color="#c9d6e8", linewidth=1, label="each step reported")
+    axes.plot(steps, smooth, color="#d9730d", linewidth=2, label="smoothed")
+    axes.set(xlabel="step", ylabel="loss", title="Fine-tuning on orange")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def table(before: dict, after: dict) -> str:
+    lines = [f"{'':28s}{'before':>8s}{'after':>8s}"]
+    for name in ("orange", "known"):
+        for key in ("colour", "shape", "direction", "background", "all"):
+            a, b = before[name]["share"][key], after[name]["share"][key]
+            lines.append(f"{name + ' prompts, ' + key:28s}{a:8.0%}{b:8.0%}")
+    return "\n".join(lines)
+
+
+def demo(out: Path, minutes: float) -> None:
+    began = time.monotonic()
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    say("1. Shards of a colour that the shipped pipeline has never seen, and of the old ones")
+    size = ("--size=32",)
+    run("opensora_jax.data.shapes", f"--output={out}/orange", "--split=all", "--colours", "orange", "--count=384", *size)
+    run("opensora_jax.data.shapes", f"--output={out}/known", "--split=train", "--count=768", "--seed=7", *size)
+    sources = f"--config.data.source=('{out}/orange','{out}/known')"
+    run("opensora_jax.encode", "--config=configs/demo/finetune.py:pixels", f"--out={out}/latents", sources)
+    say("2. What the shipped pipeline makes of 24 orange prompts and 24 of the old colours")
+    before = sample_and_judge("tiny")
+    print({name: result["share"] for name, result in before.items()}, flush=True)
+    say("3. Fine-tuning, interrupted once and resumed")
+    steps = max(40, round(minutes * 125))
+    train = ["opensora_jax.train", "--config=configs/demo/finetune.py", f"--workdir={out}/run", f"--export={out}/pipeline"]
+    train += [f"--config.steps={steps}", f"--config.data.source={out}/latents"]
+    run(*train, stop_after_step=steps // 3)
+    run(*train)
+    say("4. The same prompts and seeds after it")
+    after = sample_and_judge(str(out / "pipeline"))
+    show(before, after, out)
+    plot_loss(out / "run", out / "loss.png")
+    shares = {label: {n: r["share"] for n, r in result.items()} for label, result in (("before", before), ("after", after))}
+    (out / "judged.json").write_text(json.dumps(shares, indent=2) + "\n")
+    say(f"Measured by tests/oracle.py, after {(time.monotonic() - began) / 60:.1f} minutes")
+    print(table(before, after))
+    print(f"""
+before and after   {out}/before_after.png
+videos             {out}/videos/before, {out}/videos/after
+loss               {out}/loss.png
+metrics            {out}/run/metrics.jsonl, {out}/judged.json
+pipeline           python -m opensora_jax.sample --from={out}/pipeline --prompt="an orange square moving up on a dark background"
+""")
+
+
+def scratch(out: Path, minutes: float) -> None:
+    """VAE and denoiser from nothing, each for its share of the time, at the pace of this machine."""
+    out.mkdir(parents=True, exist_ok=True)
+    vae_steps, steps = round(minutes * 0.3 * 60 * 2), round(minutes * 0.6 * 60 * 1.5)
+    run(
+        "opensora_jax.train", "--config=configs/demo/vae.py", f"--workdir={out}/vae", f"--export={out}/vae_pipeline",
+        f"--config.steps={vae_steps}",
+    )  # fmt: skip
+    pipeline = f"--config.pipeline={out}/vae_pipeline"
+    run("opensora_jax.encode", "--config=configs/demo/stdit3.py:pixels", f"--out={out}/latents", pipeline)
+    run(
+        "opensora_jax.train", "--config=configs/demo/stdit3.py", f"--workdir={out}/stdit3", f"--export={out}/pipeline",
+        pipeline, f"--config.data.source={out}/latents", f"--config.steps={steps}",
+    )  # fmt: skip
+    result = sample_and_judge(str(out / "pipeline"))
+    print({name: r["share"] for name, r in result.items()})
+    print(f"pipeline: {out}/pipeline")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=None, help="of training: 4, or 60 with --scratch")
+    parser.add_argument("--out", type=Path, default=None, help="runs/demo, or runs/scratch with --scratch")
+    parser.add_argument("--scratch", action="store_true", help="train VAE and denoiser from nothing")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    if options.scratch:
+        scratch(options.out or Path("runs/scratch"), options.minutes or 60)
+    else:
+        demo(options.out or Path("runs/demo"), options.minutes or 4)
