@@ -107,14 +107,15 @@ class System:
         def loss_fn(params, batch, key, frozen):
             video = batch["video"]
             out = self.networks["vae"](params, video, key if cfg.sample_posterior else None)
-            error = out.x_rec.astype(jnp.float32) - video
-            terms = {"l1": jnp.abs(error).mean(), "kl": out.posterior.kl().mean()}
+            pixels, posterior = (out.x_rec, out.posterior) if hasattr(out, "x_rec") else out
+            error = pixels.astype(jnp.float32) - video
+            terms = {"l1": jnp.abs(error).mean(), "kl": posterior.kl().mean()}
             loss = terms["l1"] + cfg.kl_weight * terms["kl"]
             if cfg.l2_weight:
                 terms["l2"] = jnp.square(error).mean()
                 loss += cfg.l2_weight * terms["l2"]
             if perceptual is not None:
-                terms["perceptual"] = perceptual(frozen["perceptual"], out.x_rec, video).mean()
+                terms["perceptual"] = perceptual(frozen["perceptual"], pixels, video).mean()
                 loss += cfg.perceptual_weight * terms["perceptual"]
             return loss, terms
 

@@ -47,14 +47,25 @@ class Trainer:
     def _read(self, source) -> dict:
         if not self.cfg.init_from:
             return load_params(source, self.network, self.layout)
+        into = self.cfg.init_into
+        if not into:
+            return self._read_into(self.network)
+        if into not in self.network.abstract:
+            raise UserError(f"config.init_into={into}: the network has only {', '.join(self.network.abstract)}")
+        where = shardings(self.network.abstract, self.network.axes, self.layout)
+        params = jax.jit(self.network.init, out_shardings=where)(jax.random.key(self.cfg.seed))
+        return params | {into: self._read_into(self.network.part(into))}
+
+    def _read_into(self, network) -> dict:
+        """The weights of init_from for a network, or for a part of one."""
         found = locate.find(self.cfg.init_from)
         if isinstance(found, locate.Run):
-            where = shardings(self.network.abstract, self.network.axes, self.layout)
+            where = shardings(network.abstract, network.axes, self.layout)
             abstract = jax.tree.map(
-                lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), self.network.abstract, where
+                lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), network.abstract, where
             )
             return Checkpoints(found.workdir, read_only=True).restore_item("ema", abstract, found.step)
-        return load_params(found / self.assembly.trained, self.network, self.layout)
+        return load_params(found / self.assembly.trained, network, self.layout)
 
     def meta(self) -> dict:
         return {"config": to_plain(self.cfg), "seed": self.cfg.seed}

@@ -1,5 +1,6 @@
 """The video VAE of the shipped pipeline: shapes in any colour but orange, 17 frames of 32 x 32 to 5 x 8 x 8 x 4.
 
+    python -m opensora_jax.train --config=configs/demo/image_vae.py --workdir=runs/tiny/image_vae
     python -m opensora_jax.train --config=configs/demo/vae.py --workdir=runs/tiny/vae --export=runs/tiny/vae_pipeline
 
 Hardware: 15 minutes on two CPU cores. Expect: l1 near 0.02.
@@ -7,14 +8,18 @@ Hardware: 15 minutes on two CPU cores. Expect: l1 near 0.02.
 
 from ml_collections import ConfigDict
 
+from configs.demo.image_vae import SPATIAL
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.task = "vae"
-    config.steps = 1500
+    config.steps = 900
+    config.init_from = "runs/tiny/image_vae"
+    config.init_into = "spatial"
     config.vae = {
         "family": "video_vae",
-        "spatial": {"block_out_channels": (8, 16, 32), "layers_per_block": 1, "norm_num_groups": 1},
+        "spatial": SPATIAL,
         "filters": 16,
         "num_res_blocks": 1,
         "channel_multipliers": (1, 2, 2),

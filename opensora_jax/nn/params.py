@@ -8,7 +8,7 @@ NNX declares names, dtypes and logical axes; everything after is plain JAX on ne
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax
@@ -70,6 +70,10 @@ class Network:
 
     def init(self, key: jax.Array) -> Params:
         return nnx.to_pure_dict(nnx.state(self.build(nnx.Rngs(key))))
+
+    def part(self, name: str) -> "Network":
+        """Shapes, axes and kinds of one child; it cannot be called by itself."""
+        return replace(self, abstract=self.abstract[name], axes=self.axes[name], kinds=self.kinds[name])
 
     def module(self, params: Params) -> Any:
         """The module itself, for methods other than the call (`encode`, `decode`)."""
