@@ -56,11 +56,22 @@ def is_run(workdir: str) -> bool:
 
 
 def from_hub(name: str) -> Path:
+    """A converted pipeline on the Hub."""
+    folder = download(name)
+    if not (folder / INDEX).exists():
+        raise UserError(
+            f"{name} is on the Hub but not in our layout; run: python -m opensora_jax.convert --from {name} --to DIR"
+        )
+    return folder
+
+
+def download(name: str) -> Path:
+    """The local copy of a Hub repository, fetched when this machine is online."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name))
+        return Path(snapshot_download(name))
     except LocalEntryNotFoundError:
         cache = os.environ.get("HF_HOME", "~/.cache/huggingface")
         raise UserError(
@@ -68,11 +79,4 @@ def from_hub(name: str) -> Path:
             f"`hf download {name}`, copy the folder here and pass its path (or put it into {cache})"
         ) from None
     except HfHubHTTPError as error:
-        raise UserError(
-            f"{name}: the Hub answered {error.response.status_code}; check the id and your access"
-        ) from None
-    if not (folder / INDEX).exists():
-        raise UserError(
-            f"{name} is on the Hub but not in our layout; run: python -m opensora_jax.convert --from {name} --to DIR"
-        )
-    return folder
+        raise UserError(f"{name}: the Hub answered {error.response.status_code}; check the id and your access") from None

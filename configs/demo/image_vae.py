@@ -14,7 +14,7 @@ SPATIAL = {"block_out_channels": (8, 16, 32), "layers_per_block": 1, "norm_num_g
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.task = "vae"
-    config.steps = 1500
+    config.steps = 1200
     config.vae = {"family": "sd_vae"} | SPATIAL
     config.vae_loss = {"kl_weight": 1e-6, "l2_weight": 1.0, "sample_posterior": False, "calibrate_batches": 0}
     config.optimizer = {"learning_rate": 2e-3, "eps": 1e-8, "warmup_steps": 20, "schedule": "cosine"}

@@ -5,6 +5,7 @@ when everything in it is on disk. The ladder, in order: resume this run > resume
 weights (`init_from`) > scratch.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,8 @@ class CheckpointConfig:
 
 class Checkpoints:
     def __init__(self, workdir, cfg: CheckpointConfig = CheckpointConfig(), *, read_only: bool = False):
-        self.folder = epath.Path(workdir) / FOLDER_OF_CHECKPOINTS
+        workdir = str(workdir)
+        self.folder = epath.Path(workdir if "://" in workdir else os.path.abspath(workdir)) / FOLDER_OF_CHECKPOINTS
         self.cfg = cfg
         if read_only and not self.folder.exists():
             raise UserError(f"{workdir} holds no checkpoints; expected the folder {self.folder}")

@@ -88,6 +88,11 @@ def save_params(folder, flat: Mapping[str, np.ndarray], config: dict, dtype: str
     write_folder(folder, specs, arrays, config)
 
 
+def hollow(shape, dtype) -> np.ndarray:
+    """An array of that shape without memory behind it."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
 class Folder:
     """Reads a weights folder lazily: names and shapes at once, a tensor when it is asked for."""
 
@@ -117,6 +122,9 @@ class Folder:
         if not path.exists():
             raise UserError(f"{path} is missing; it names the architecture of the weights beside it")
         return json.loads(path.read_text())
+
+    def dtype(self, name: str) -> np.dtype:
+        return numpy_dtype(DTYPES[self._files[name].get_slice(name).get_dtype()])
 
     def read(self, name: str) -> np.ndarray:
         return self._files[name].get_tensor(name)

@@ -1,0 +1,202 @@
+"""Checkpoints as users have them, opened lazily: names, shapes and dtypes at once, a tensor when it is asked for.
+
+    safetensors: one file, or a folder with an index          pickles: .pth .pt .bin, one file or a folder with an index
+    a Hugging Face or diffusers folder with its config.json    wrappers inside: state_dict, model, ema, module.
+
+Pickles are opened with weights_only, so that a file cannot run code; they need torch, which nothing else here does.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from opensora_jax.common.errors import UserError
+from opensora_jax.weights.store import DTYPES, numpy_dtype
+
+HEADER_LIMIT = 100 * 2**20
+PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+WRAPPERS = ("state_dict", "model", "module", "model_state_dict", "params")
+EMA = ("ema", "ema_state_dict", "ema_model")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    read: Callable[[str], np.ndarray]
+    config: dict
+
+    def renamed(self, names: Mapping[str, str]) -> "Checkpoint":
+        """The same tensors under other names: {new: old}."""
+        pick = lambda table: {new: table[old] for new, old in names.items()}
+        return Checkpoint(self.path, pick(self.shapes), pick(self.dtypes), lambda new: self.read(names[new]), self.config)
+
+
+def open_checkpoint(path, *, ema: bool = False) -> Checkpoint:
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a checkpoint file, a folder with one, or a Hub id (org/name)")
+    found = _open_folder(path, ema) if path.is_dir() else _open_file(path, _config_beside(path), ema)
+    if not found.shapes:
+        raise UserError(f"{path} holds no tensors")
+    return _without_prefix(found)
+
+
+def _without_prefix(found: Checkpoint) -> Checkpoint:
+    """`module.` is what PyTorch's data-parallel wrappers put before every name."""
+    names = list(found.shapes)
+    for prefix in ("module.", "_orig_mod."):
+        if all(name.startswith(prefix) for name in names):
+            return found.renamed({name.removeprefix(prefix): name for name in names})
+    return found
+
+
+def _open_folder(folder: Path, ema: bool) -> Checkpoint:
+    config = _read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    indices = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.bin.index.json"))
+    if indices:
+        table = _read_json(indices[0]).get("weight_map")
+        if not isinstance(table, dict):
+            raise UserError(f"{indices[0]} has no weight_map; it is not an index of shards")
+        files = sorted({folder / name for name in table.values()})
+        return _joined(folder, files, config, ema, set(table))
+    for pattern in ("*.safetensors", *(f"*{suffix}" for suffix in PICKLES)):
+        files = sorted(folder.glob(pattern))
+        if len(files) == 1:
+            return _open_file(files[0], config, ema)
+        if files and pattern == "*.safetensors":
+            return _joined(folder, files, config, ema, None)
+        if files:
+            raise UserError(f"{folder} holds {', '.join(f.name for f in files[:5])}: name the one that you mean")
+    parts = sorted(p.name for p in folder.iterdir() if (p / "config.json").exists())
+    hint = f"; convert its parts one by one: {', '.join(parts)}" if parts else ""
+    raise UserError(f"{folder} holds no .safetensors, .pth, .pt or .bin file{hint}")
+
+
+def _joined(folder: Path, files: list[Path], config: dict, ema: bool, expected: set[str] | None) -> Checkpoint:
+    owners: dict[str, Checkpoint] = {}
+    for file in files:
+        if not file.exists():
+            raise UserError(f"{file} is missing; the index of {folder} names it")
+        part = _open_file(file, {}, ema)
+        for name in part.shapes:
+            if name in owners:
+                raise UserError(f"{name} is in two shards of {folder}: {owners[name].path.name} and {file.name}")
+            owners[name] = part
+    if expected is not None and (lost := expected - set(owners)):
+        raise UserError(f"the index of {folder} names {len(lost)} tensors that no shard holds, e.g. {sorted(lost)[0]}")
+    shapes = {name: part.shapes[name] for name, part in owners.items()}
+    dtypes = {name: part.dtypes[name] for name, part in owners.items()}
+    return Checkpoint(folder, shapes, dtypes, lambda name: owners[name].read(name), config)
+
+
+def _open_file(path: Path, config: dict, ema: bool) -> Checkpoint:
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path, config)
+    if path.suffix in PICKLES:
+        return _open_pickle(path, config, ema)
+    raise UserError(f"{path}: {path.suffix or 'a file without a suffix'} is no checkpoint; known: .safetensors, {', '.join(PICKLES)}")
+
+
+def _open_safetensors(path: Path, config: dict) -> Checkpoint:
+    """The header is checked here, whatever a reader would make of it: length, names, dtypes, extent."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if len(head) < 8 or length < 2 or length > min(HEADER_LIMIT, size - 8):
+            raise UserError(f"{path} is not a safetensors file, or it is cut off: its header claims {length:,} bytes of {size:,}")
+        text = file.read(length)
+
+    def unique(pairs):
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) < len(keys):
+            raise UserError(f"{path}: {next(k for k in keys if keys.count(k) > 1)} is there twice")
+        return dict(pairs)
+
+    try:
+        header = json.loads(text, object_pairs_hook=unique)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        spans = {name: tuple(entry["data_offsets"]) for name, entry in entries.items()}
+        shapes = {name: tuple(int(n) for n in entry["shape"]) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: the safetensors header is damaged; download or copy the file again") from None
+    base = 8 + length
+    for name, entry in entries.items():
+        if entry.get("dtype") not in DTYPES:
+            raise UserError(f"{path}: {name} has dtype {entry.get('dtype')}, which is not supported")
+        count = int(np.prod(shapes[name], dtype=np.int64)) * numpy_dtype(DTYPES[entry["dtype"]]).itemsize
+        begin, end = spans[name]
+        if end - begin != count or begin < 0 or base + end > size:
+            raise UserError(f"{path}: {name} does not fit the file ({size:,} bytes); it is cut off or damaged")
+    dtypes = {name: DTYPES[entry["dtype"]] for name, entry in entries.items()}
+
+    def read(name: str) -> np.ndarray:
+        begin, end = spans[name]
+        with path.open("rb") as file:
+            file.seek(base + begin)
+            data = np.fromfile(file, np.uint8, end - begin)
+        return data.view(numpy_dtype(dtypes[name])).reshape(shapes[name])
+
+    return Checkpoint(path, shapes, dtypes, read, config)
+
+
+def _open_pickle(path: Path, config: dict, ema: bool) -> Checkpoint:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"{path} is a PyTorch pickle: pip install 'opensora-jax[convert]' to read it (safetensors need nothing)") from None
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            reason = "it holds Python objects that could run code, which is refused"
+        else:
+            reason = "it is damaged or no PyTorch checkpoint"
+        raise UserError(f"{path} cannot be opened: {reason}") from None
+    tensors = {name: value for name, value in _unwrapped(loaded, path, ema).items() if isinstance(value, torch.Tensor)}
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    dtypes = {name: str(value.dtype).removeprefix("torch.") for name, value in tensors.items()}
+
+    def read(name: str) -> np.ndarray:
+        value = tensors[name].detach().contiguous()
+        if value.dtype == torch.bfloat16:
+            return value.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
+        return value.numpy()
+
+    return Checkpoint(path, shapes, dtypes, read, config)
+
+
+def _unwrapped(loaded, path: Path, ema: bool) -> dict:
+    """The state dict inside what training scripts save around it."""
+    if not isinstance(loaded, Mapping):
+        raise UserError(f"{path} holds a {type(loaded).__name__}, not a state dict")
+    if ema:
+        chosen = next((key for key in EMA if isinstance(loaded.get(key), Mapping)), None)
+        if chosen is None:
+            raise UserError(f"{path} has no EMA weights (looked for {', '.join(EMA)}); leave --ema out")
+        return dict(loaded[chosen])
+    for key in (*WRAPPERS, *EMA):
+        if isinstance(loaded.get(key), Mapping):
+            return _unwrapped(loaded[key], path, False)
+    return dict(loaded)
+
+
+def _config_beside(path: Path) -> dict:
+    beside = path.parent / "config.json"
+    return _read_json(beside) if beside.exists() else {}
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, not a table")
+    return value
