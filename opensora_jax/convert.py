@@ -68,7 +68,9 @@ def recognise(shapes: dict, settings: dict, family: str | None, where) -> tuple[
     known = tables()
     if family:
         if family not in known:
-            raise UserError(f"--family={family} is unknown{config.nearest(family, known)}; there are {', '.join(known)}")
+            raise UserError(
+                f"--family={family} is unknown{config.nearest(family, known)}; there are {', '.join(known)}"
+            )
         return known[family][0], family
     fitting = [stem for stem, (_, table) in known.items() if table.recognise(shapes, settings)]
     if len(fitting) == 1:
@@ -86,9 +88,10 @@ def network_of(room: str, family: str, shapes: dict, settings: dict, where):
     table = importlib.import_module(f"opensora_jax.weights.{family}")
     try:
         cfg = module.Config(**table.config_from(shapes, settings))
+        network = Network.of(lambda rngs: module.build(cfg, rngs=rngs))
     except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{where} looks like {family}, but lacks what tells its size: {error}") from None
-    return module, table, cfg, Network.of(lambda rngs: module.build(cfg, rngs=rngs))
+    return module, table, cfg, network
 
 
 def listing() -> str:
@@ -116,7 +119,9 @@ def from_reference(args) -> int:
     mapping = plan(checkpoint.shapes, wanted, table.RULES, str(checkpoint.path))
     check_tied(checkpoint, mapping)
 
-    stored = lambda dtype: args.dtype if args.dtype and dtype in ("float32", "bfloat16", "float16", "float64") else dtype
+    stored = lambda dtype: (
+        args.dtype if args.dtype and dtype in ("float32", "bfloat16", "float16", "float64") else dtype
+    )
     specs = {a.path: (a.shape, stored(checkpoint.dtypes[next(iter(a.sources.values()))])) for a in mapping.assignments}
     target = fresh_folder(args.to)
     with progress("converting", len(specs)) as bar:
@@ -137,7 +142,9 @@ def from_reference(args) -> int:
     counted = network.count()
     print(f"{family}: {len(checkpoint.shapes)} tensors, {counted:,} parameters → {args.to}")
     if mapping.dropped:
-        print(f"derived, kept aside for the way back: {', '.join(mapping.dropped[:6])}{' ...' if len(mapping.dropped) > 6 else ''}")
+        print(
+            f"derived, kept aside for the way back: {', '.join(mapping.dropped[:6])}{' ...' if len(mapping.dropped) > 6 else ''}"
+        )
     return 0
 
 
@@ -169,7 +176,9 @@ def check_finite(path: str, array, where) -> None:
     flat = array.reshape(-1)
     for start in range(0, flat.size, 1 << 24):  # in pieces: a tensor may be a gigabyte
         if not np.isfinite(flat[start : start + (1 << 24)].astype(np.float32)).all():
-            raise UserError(f"{where}: the weights of {path} are not all finite; the file is damaged or the training diverged")
+            raise UserError(
+                f"{where}: the weights of {path} are not all finite; the file is damaged or the training diverged"
+            )
 
 
 class fresh_folder:
@@ -283,7 +292,10 @@ def check_manifests(files: list[str]) -> int:
             plan(shapes, wanted, table.RULES, file)
             total, ours = manifest.get("total_params"), network.count()
             ok = total in (None, ours)
-            print(f"{'ok  ' if ok else 'FAIL'} {label:40s} {family:16s} {len(shapes):5d} tensors  {ours:>14,} parameters", flush=True)
+            print(
+                f"{'ok  ' if ok else 'FAIL'} {label:40s} {family:16s} {len(shapes):5d} tensors  {ours:>14,} parameters",
+                flush=True,
+            )
             if not ok:
                 print(f"     the manifest counts {total:,}")
         except MappingError as error:

@@ -79,4 +79,6 @@ def download(name: str) -> Path:
             f"`hf download {name}`, copy the folder here and pass its path (or put it into {cache})"
         ) from None
     except HfHubHTTPError as error:
-        raise UserError(f"{name}: the Hub answered {error.response.status_code}; check the id and your access") from None
+        raise UserError(
+            f"{name}: the Hub answered {error.response.status_code}; check the id and your access"
+        ) from None

@@ -23,4 +23,4 @@ REPO = Path(__file__).parents[1]
 def goldens() -> Path:
     """The whole recorded set when it lies beside the checkout, else the part that ships with the repository."""
     beside = REPO.parent / "shared" / "goldens" / "open"
-    return beside if beside.is_dir() else REPO / "tests" / "goldens"
+    return beside if beside.is_dir() else REPO / "tests" / "goldens" / "open"

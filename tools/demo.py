@@ -135,7 +135,9 @@ def demo(out: Path, minutes: float) -> None:
     out.mkdir(parents=True)
     say("1. Shards of a colour that the shipped pipeline has never seen, and of the old ones")
     size = ("--size=32",)
-    run("opensora_jax.data.shapes", f"--output={out}/orange", "--split=all", "--colours", "orange", "--count=384", *size)
+    run(
+        "opensora_jax.data.shapes", f"--output={out}/orange", "--split=all", "--colours", "orange", "--count=384", *size
+    )
     run("opensora_jax.data.shapes", f"--output={out}/known", "--split=train", "--count=768", "--seed=7", *size)
     sources = f"--config.data.source=('{out}/orange','{out}/known')"
     run("opensora_jax.encode", "--config=configs/demo/finetune.py:pixels", f"--out={out}/latents", sources)
@@ -144,7 +146,12 @@ def demo(out: Path, minutes: float) -> None:
     print({name: result["share"] for name, result in before.items()}, flush=True)
     say("3. Fine-tuning, interrupted once and resumed")
     steps = max(40, round(minutes * 125))
-    train = ["opensora_jax.train", "--config=configs/demo/finetune.py", f"--workdir={out}/run", f"--export={out}/pipeline"]
+    train = [
+        "opensora_jax.train",
+        "--config=configs/demo/finetune.py",
+        f"--workdir={out}/run",
+        f"--export={out}/pipeline",
+    ]
     train += [f"--config.steps={steps}", f"--config.data.source={out}/latents"]
     run(*train, stop_after_step=steps // 3)
     run(*train)
@@ -152,7 +159,9 @@ def demo(out: Path, minutes: float) -> None:
     after = sample_and_judge(str(out / "pipeline"))
     show(before, after, out)
     plot_loss(out / "run", out / "loss.png")
-    shares = {label: {n: r["share"] for n, r in result.items()} for label, result in (("before", before), ("after", after))}
+    shares = {
+        label: {n: r["share"] for n, r in result.items()} for label, result in (("before", before), ("after", after))
+    }
     (out / "judged.json").write_text(json.dumps(shares, indent=2) + "\n")
     say(f"Measured by tests/oracle.py, after {(time.monotonic() - began) / 60:.1f} minutes")
     print(table(before, after))

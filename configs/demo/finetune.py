@@ -20,7 +20,13 @@ def get_config(variant: str = "") -> ConfigDict:
     config.text_encoder = {}
     config.text.tokenizer = ""
     config.sampling = {}
-    config.optimizer = {"learning_rate": 5e-4, "eps": 1e-8, "warmup_steps": 20, "schedule": "cosine", "final_share": 0.1}
+    config.optimizer = {
+        "learning_rate": 5e-4,
+        "eps": 1e-8,
+        "warmup_steps": 20,
+        "schedule": "cosine",
+        "final_share": 0.1,
+    }
     config.ema_decay = 0.98
     config.ema_start_steps = 0
     if variant == "pixels":

@@ -66,7 +66,9 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     init_from: str = ""  # weights to start from: a pipeline folder or WORKDIR[@step]
-    init_into: str = ""  # the part of the network that init_from fills (spatial: an image VAE in a video VAE); empty: all
+    init_into: str = (
+        ""  # the part of the network that init_from fills (spatial: an image VAE in a video VAE); empty: all
+    )
     resume_from: str = ""  # another run to continue, optimizer and data position included
     max_bad_steps: int = 20  # consecutive non-finite steps before the run stops
     dry_run: bool = False

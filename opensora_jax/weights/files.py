@@ -34,7 +34,9 @@ class Checkpoint:
     def renamed(self, names: Mapping[str, str]) -> "Checkpoint":
         """The same tensors under other names: {new: old}."""
         pick = lambda table: {new: table[old] for new, old in names.items()}
-        return Checkpoint(self.path, pick(self.shapes), pick(self.dtypes), lambda new: self.read(names[new]), self.config)
+        return Checkpoint(
+            self.path, pick(self.shapes), pick(self.dtypes), lambda new: self.read(names[new]), self.config
+        )
 
 
 def open_checkpoint(path, *, ema: bool = False) -> Checkpoint:
@@ -100,7 +102,9 @@ def _open_file(path: Path, config: dict, ema: bool) -> Checkpoint:
         return _open_safetensors(path, config)
     if path.suffix in PICKLES:
         return _open_pickle(path, config, ema)
-    raise UserError(f"{path}: {path.suffix or 'a file without a suffix'} is no checkpoint; known: .safetensors, {', '.join(PICKLES)}")
+    raise UserError(
+        f"{path}: {path.suffix or 'a file without a suffix'} is no checkpoint; known: .safetensors, {', '.join(PICKLES)}"
+    )
 
 
 def _open_safetensors(path: Path, config: dict) -> Checkpoint:
@@ -110,7 +114,9 @@ def _open_safetensors(path: Path, config: dict) -> Checkpoint:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if len(head) < 8 or length < 2 or length > min(HEADER_LIMIT, size - 8):
-            raise UserError(f"{path} is not a safetensors file, or it is cut off: its header claims {length:,} bytes of {size:,}")
+            raise UserError(
+                f"{path} is not a safetensors file, or it is cut off: its header claims {length:,} bytes of {size:,}"
+            )
         text = file.read(length)
 
     def unique(pairs):
@@ -150,7 +156,9 @@ def _open_pickle(path: Path, config: dict, ema: bool) -> Checkpoint:
     try:
         import torch
     except ImportError:
-        raise UserError(f"{path} is a PyTorch pickle: pip install 'opensora-jax[convert]' to read it (safetensors need nothing)") from None
+        raise UserError(
+            f"{path} is a PyTorch pickle: pip install 'opensora-jax[convert]' to read it (safetensors need nothing)"
+        ) from None
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:

@@ -1,0 +1,170 @@
+"""Checkpoints in and back out, every family to the bit; what is damaged or hostile is refused in one sentence."""
+
+import json
+import pickle
+import shutil
+import struct
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from opensora_jax import convert
+from opensora_jax.common.errors import UserError
+
+NOT_A_NETWORK = ("osp_ganloss", "vqvae_codebook_ema")  # a loss module, a codebook alone
+
+
+def convertible(goldens):
+    return [p.parent for p in sorted(goldens.glob("*/weights.safetensors")) if p.parent.name not in NOT_A_NETWORK]
+
+
+def checkpoint(case, folder):
+    """A case's weights as a Hugging Face folder."""
+    description = json.loads((case / "case.json").read_text())
+    folder.mkdir()
+    shutil.copy(case / "weights.safetensors", folder / "model.safetensors")
+    config = description["config"]
+    (folder / "config.json").write_text(json.dumps(config.get("model", config.get("autoencoder_kl", config))))
+    return folder
+
+
+@pytest.fixture
+def stdit3(goldens, tmp_path):
+    return checkpoint(goldens / "v12_rflow_sample_a", tmp_path / "source")
+
+
+def test_every_family_there_and_back_is_the_same_to_the_bit(goldens, tmp_path):
+    families = set()
+    for case in convertible(goldens):
+        work = tmp_path / case.name
+        work.mkdir()
+        source = checkpoint(case, work / "source")
+        assert convert.main([f"--from={source}", f"--to={work / 'ours'}"]) == 0
+        shutil.rmtree(source)
+        assert convert.main(["--to-torch", f"--from={work / 'ours'}", f"--to={work / 'back'}"]) == 0
+        want, got = load_file(case / "weights.safetensors"), load_file(work / "back" / "model.safetensors")
+        assert want.keys() == got.keys(), case.name
+        for name, array in want.items():
+            assert array.dtype == got[name].dtype
+            np.testing.assert_array_equal(array, got[name], err_msg=f"{case.name}: {name}")
+        families.add(json.loads((work / "ours" / "config.json").read_text())["family"])
+    assert len(families) >= 12
+
+
+def test_manifests_of_every_full_size_network(goldens, capsys):
+    files = sorted((goldens.parent / "manifests").glob("*.json"))
+    assert len(files) >= 30
+    assert convert.main(["--manifest", *map(str, files)]) == 0
+    assert capsys.readouterr().out.count("ok  ") == len(files)
+
+
+def test_dtype_is_changed_on_request(stdit3, tmp_path):
+    assert convert.main([f"--from={stdit3}", f"--to={tmp_path / 'ours'}", "--dtype=bfloat16"]) == 0
+    from opensora_jax.weights.store import Folder
+
+    ours = Folder(tmp_path / "ours")
+    assert {ours.dtype(name).name for name in ours.shapes} == {"bfloat16"}
+
+
+def test_shards_with_an_index(stdit3, tmp_path, monkeypatch):
+    from opensora_jax.weights import store
+
+    monkeypatch.setattr(store, "SHARD_BYTES", 60_000)
+    assert convert.main([f"--from={stdit3}", f"--to={tmp_path / 'ours'}"]) == 0
+    assert convert.main(["--to-torch", f"--from={tmp_path / 'ours'}", f"--to={tmp_path / 'back'}"]) == 0
+    index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    assert convert.main([f"--from={tmp_path / 'back'}", f"--to={tmp_path / 'again'}"]) == 0
+
+
+def refused(source, tmp_path, message, *flags):
+    with pytest.raises(UserError, match=message) as caught:
+        convert.main([f"--from={source}", f"--to={tmp_path / 'out'}", *flags])
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    return str(caught.value)
+
+
+def rewritten(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def test_what_does_not_fit_is_listed_by_name(stdit3, tmp_path):
+    def change(weights):
+        weights["spatial_blocks.0.attn.qkvv.weight"] = weights.pop("spatial_blocks.0.attn.qkv.weight")
+        weights["t_block.1.bias"] = weights["t_block.1.bias"][:-1]
+
+    source = rewritten(stdit3, lambda weights: weights.update(surplus=np.zeros(3, np.float32)))
+    text = refused(source, tmp_path, "1 problems")
+    assert "surplus" in text
+    text = refused(rewritten(stdit3, change), tmp_path, "does not fit|lacks what tells", "--family=stdit3")
+    assert "qkv" in text
+
+
+def test_nan_weights(stdit3, tmp_path):
+    source = rewritten(stdit3, lambda w: w["t_block.1.bias"].__setitem__(0, np.nan))
+    refused(source, tmp_path, "not all finite")
+
+
+def test_cut_off_files(stdit3, tmp_path):
+    path = stdit3 / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    refused(stdit3, tmp_path, "cut off or damaged")
+    path.write_bytes(whole[:4])
+    refused(stdit3, tmp_path, "not a safetensors file")
+
+
+def test_an_absurd_header(stdit3, tmp_path):
+    path = stdit3 / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 1 << 60) + path.read_bytes()[8:])
+    refused(stdit3, tmp_path, "header claims")
+
+
+def test_a_name_twice(stdit3, tmp_path):
+    header = (
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    )
+    (stdit3 / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    refused(stdit3, tmp_path, "a is there twice")
+
+
+def test_an_unknown_dtype(stdit3, tmp_path):
+    header = b'{"a":{"dtype":"F8_E9","shape":[1],"data_offsets":[0,1]}}'
+    (stdit3 / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(1))
+    refused(stdit3, tmp_path, "F8_E9")
+
+
+def test_a_mislabelled_file(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(pickle.dumps({"a": 1}))
+    refused(path, tmp_path, "not a safetensors file")
+
+
+def test_a_missing_path_and_an_unknown_family(stdit3, tmp_path):
+    refused(tmp_path / "none", tmp_path, "does not exist")
+    refused(stdit3, tmp_path, "did you mean stdit3", "--family=stdit33")
+
+
+def test_a_pickle_without_torch_names_the_extra(tmp_path, monkeypatch):
+    import builtins
+
+    path = tmp_path / "weights.pth"
+    path.write_bytes(b"")
+    real = builtins.__import__
+    no_torch = lambda name, *args, **kwargs: (
+        (_ for _ in ()).throw(ImportError) if name == "torch" else real(name, *args, **kwargs)
+    )
+    monkeypatch.setattr(builtins, "__import__", no_torch)
+    refused(path, tmp_path, r"opensora-jax\[convert\]")
+
+
+def test_the_target_must_be_new(stdit3, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("")
+    with pytest.raises(UserError, match="not empty"):
+        convert.main([f"--from={stdit3}", f"--to={tmp_path / 'out'}"])
+    assert (tmp_path / "out" / "mine").exists()
