@@ -155,7 +155,7 @@ def keep_for_the_way_back(folder: Path, checkpoint, mapping) -> None:
     if mapping.dropped:
         specs = {name: (checkpoint.shapes[name], checkpoint.dtypes[name]) for name in mapping.dropped}
         store.write_safetensors(folder / f"{KEPT}.bin", specs, ((name, checkpoint.read(name)) for name in specs))
-    facts = {"tied": mapping.tied, "config": checkpoint.config, "dtypes": sorted(set(checkpoint.dtypes.values()))}
+    facts = {"prefix": checkpoint.prefix, "tied": mapping.tied, "config": checkpoint.config}
     (folder / f"{KEPT}.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
@@ -248,8 +248,10 @@ def to_reference(args) -> int:
         yield from ((name, reader.read(path)) for name, path in kept["tied"])
 
     target = fresh_folder(args.to)
+    prefixed = {kept["prefix"] + name: spec for name, spec in shapes.items()}
     try:
-        store.write_folder(target.partial, shapes, arrays(), kept["config"] or None)
+        named = ((kept["prefix"] + name, array) for name, array in arrays())
+        store.write_folder(target.partial, prefixed, named, kept["config"] or None)
     except BaseException:
         shutil.rmtree(target.partial, ignore_errors=True)
         raise
@@ -262,7 +264,7 @@ def read_kept(folder: Path) -> dict:
     from opensora_jax.weights.files import _open_safetensors
 
     facts = folder / f"{KEPT}.json"
-    known = json.loads(facts.read_text()) if facts.exists() else {"tied": [], "config": {}}
+    known = json.loads(facts.read_text()) if facts.exists() else {"prefix": "", "tied": [], "config": {}}
     tensors = folder / f"{KEPT}.bin"
     checkpoint = _open_safetensors(tensors, {}) if tensors.exists() else None
     return known | {"checkpoint": checkpoint, "names": list(checkpoint.shapes) if checkpoint else []}

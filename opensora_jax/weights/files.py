@@ -30,13 +30,13 @@ class Checkpoint:
     dtypes: dict[str, str]
     read: Callable[[str], np.ndarray]
     config: dict
+    prefix: str = ""  # what was taken off before every name
 
-    def renamed(self, names: Mapping[str, str]) -> "Checkpoint":
-        """The same tensors under other names: {new: old}."""
-        pick = lambda table: {new: table[old] for new, old in names.items()}
-        return Checkpoint(
-            self.path, pick(self.shapes), pick(self.dtypes), lambda new: self.read(names[new]), self.config
-        )
+    def without(self, prefix: str) -> "Checkpoint":
+        """The same tensors, their names without a prefix that all of them have."""
+        cut = lambda table: {name.removeprefix(prefix): value for name, value in table.items()}
+        read = lambda name: self.read(prefix + name)
+        return Checkpoint(self.path, cut(self.shapes), cut(self.dtypes), read, self.config, self.prefix + prefix)
 
 
 def open_checkpoint(path, *, ema: bool = False) -> Checkpoint:
@@ -54,7 +54,7 @@ def _without_prefix(found: Checkpoint) -> Checkpoint:
     names = list(found.shapes)
     for prefix in ("module.", "_orig_mod."):
         if all(name.startswith(prefix) for name in names):
-            return found.renamed({name.removeprefix(prefix): name for name in names})
+            return found.without(prefix)
     return found
 
 
