@@ -39,7 +39,6 @@ class Config:
     caption_channels: int = 4096
     model_max_length: int = 300
     qk_norm: bool = True
-    qk_norm_legacy: bool = False  # RoPE before the norm, as Open-Sora 1.1 did
     skip_y_embedder: bool = False  # captions arrive projected to hidden_size
     remat: str = "none"
     dtype: str = "float32"
@@ -95,9 +94,7 @@ def block(cfg: Config, mode: str, rngs: nnx.Rngs) -> TextBlock:
     kwargs = dict(dtype=cfg.dtype, param_dtype=cfg.param_dtype, rngs=rngs)
     width, heads = cfg.hidden_size, cfg.num_heads
     out = zeros if mode == "temporal" else None  # temporal layers begin as the identity
-    attn = SelfAttention(
-        width, heads, qk_norm=cfg.qk_norm, norm_before_rope=not cfg.qk_norm_legacy, init_out=out, **kwargs
-    )
+    attn = SelfAttention(width, heads, qk_norm=cfg.qk_norm, init_out=out, **kwargs)
     return TextBlock(attn, width, heads, cfg.mlp_ratio, init_cross=out, init_mlp=out, **kwargs)
 
 

@@ -29,4 +29,4 @@ def config_from(shapes, config: dict) -> dict:
         pred_sigma=pred_sigma(shapes),
         qk_norm="spatial_blocks.0.attn.q_norm.weight" in shapes,
     )
-    return found | spoken(config, "input_sq_size", "drop_path", "qk_norm_legacy", "skip_y_embedder")
+    return found | spoken(config, "input_sq_size", "drop_path", "skip_y_embedder")

@@ -13,7 +13,8 @@ INTERMEDIATES = {
 
 def sizes(given: dict) -> dict:
     """Multi-scale conditioning: [B, 2] of height and width, [B, 1] of their ratio."""
-    hw, ar = given.get("hw", given.get("img_hw")), given.get("ar", given.get("aspect_ratio"))
+    named = {name.removeprefix("data_info").lstrip("./_"): value for name, value in given.items()}
+    hw, ar = named.get("hw", named.get("img_hw")), named.get("ar", named.get("aspect_ratio"))
     return {} if hw is None else {"height": hw[:, 0], "width": hw[:, 1], "ar": ar.reshape(-1)}
 
 
