@@ -27,6 +27,7 @@ from opensora_jax.common.errors import UserError
 from opensora_jax.config import Part, build, part, to_plain
 from opensora_jax.parallel.shard import Layout, shardings, use
 from opensora_jax.sampling.guidance import Guidance
+from opensora_jax.sampling.solver import make
 from opensora_jax.system import System
 from opensora_jax.weights import store
 from opensora_jax.weights.engine import flatten, unflatten
@@ -40,8 +41,10 @@ class SamplingConfig:
     """What a pipeline samples with unless a call says otherwise; scheduler.json."""
 
     objective: dict = field(default_factory=lambda: {"name": "rectified_flow", "preset": "V1_2"})
+    solver: str = ""  # one of sampling.solver.NAMES; none: what the objective is usually sampled with
     steps: int = 30
     guidance_scale: float = 7.0
+    guided_channels: int = 0  # 0: all of the latents'; Open-Sora 1.0 guides 3 of 4
     num_frames: int = 51
     height: int = 240
     width: int = 426
@@ -164,7 +167,7 @@ class Pipeline:
         callback: Callable[[int, int], None] | None = None,
         **settings,
     ) -> Output:
-        """One video a (prompt, seed) pair; what it shows depends on its own pair alone. Settings: steps,
+        """One video a (prompt, seed) pair; what it shows depends on its own pair alone. Settings: solver, steps,
         guidance_scale, num_frames, height, width, fps; None means the pipeline's own value."""
         unknown = set(settings) - {field.name for field in fields(SamplingConfig)}
         if unknown:
@@ -181,7 +184,8 @@ class Pipeline:
     def _latents(self, rows, negative_prompt, cfg: SamplingConfig, callback):
         size = self.system.latent_size(cfg.num_frames, cfg.height, cfg.width)
         channels = self.system.denoiser.config.in_channels
-        noise = [jax.random.normal(jax.random.key(s), (*size, channels), jnp.float32) for _, s in rows]
+        keys = [jax.random.key(s) for _, s in rows]
+        noise = [jax.random.normal(key, (*size, channels), jnp.float32) for key in keys]
         batch = len(rows)
         full = lambda value: np.full((batch,), value, np.float32)
         sizes = {"height": full(cfg.height), "width": full(cfg.width), "num_frames": full(cfg.num_frames)}
@@ -199,39 +203,29 @@ class Pipeline:
         flag = lambda value: np.full((batch,), value, bool)
         branches = (conditions | {"drop_text": flag(False)}, conditions | null | {"drop_text": flag(drop)})
 
-        solver = self._solver(cfg)
+        solver = make(objective_of(cfg.objective)[1], cfg.steps, cfg.solver)
         times = solver.schedule((batch, *size, channels), sizes)
         state = solver.init(jnp.stack(noise))
+        settings = {"solver": solver, "channels": cfg.guided_channels or None}
+        draws = jnp.stack(keys)
         for i in range(solver.steps):
-            state = self._step(self.params["denoiser"], state, branches, times, np.int32(i), cfg.guidance_scale)
+            given = (self.params["denoiser"], state, branches, draws, times, np.int32(i), cfg.guidance_scale)
+            state = self._step(*given, **settings)
             if callback is not None:
                 jax.block_until_ready(state)
                 callback(i + 1, solver.steps)
         return state.latents
 
-    def _solver(self, cfg: SamplingConfig):
-        from opensora_jax.sampling.euler import Euler
-
-        module, objective = objective_of(cfg.objective)
-        if module.__name__.rsplit(".", 1)[-1] != "rectified_flow":
-            raise UserError(
-                f"sampling with {cfg.objective['name']} needs its own solver; this pipeline offers rectified flow"
-            )
-        return Euler(
-            steps=cfg.steps,
-            num_timesteps=objective.num_timesteps,
-            shift=objective.time.shift,
-            toward_data=objective.toward_data,
-        )
-
     @cached_property
     def _step(self):
-        @partial(jax.jit, donate_argnums=(1,), static_argnames=())
-        def step(params, state, branches, times, i, guidance_scale):
+        @partial(jax.jit, donate_argnums=(1,), static_argnames=("solver", "channels"))
+        def step(params, state, branches, keys, times, i, guidance_scale, *, solver, channels):
             model = lambda x, t, **given: self.system.denoise(params, x, t, **given)
-            guide = Guidance(guidance_scale)
-            solver = self._solver(self.sampling)
-            return solver.step(lambda x, t, **extra: guide(model, branches, x, t, **extra), state, i, times)
+            guide = Guidance(guidance_scale, channels=channels)
+            # A sample's fresh noise comes from its own seed, so that it does not depend on its neighbours.
+            draw = lambda key: jax.random.normal(jax.random.fold_in(key, i + 1), state.latents.shape[1:])
+            predict = lambda x, t, **extra: guide(model, branches, x, t, **extra)
+            return solver.step(predict, state, i, times, noise=jax.vmap(draw)(keys))
 
         return step
 

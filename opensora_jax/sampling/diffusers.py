@@ -7,6 +7,8 @@ KDPM2Ancestral 2·steps - 1; these two assume betas from 0.00085 to 0.012, not t
 (Euler, EulerAncestral, Heun, KDPM2Ancestral) the start is scaled by the first sigma and the network's input scaled back.
 """
 
+from functools import lru_cache
+
 import numpy as np
 
 from opensora_jax.common.errors import UserError
@@ -29,6 +31,7 @@ NAMES = (
 )
 
 
+@lru_cache
 def scheduler(name: str, steps: int, *, beta_start: float | None = None, beta_end: float | None = None) -> Linear:
     """The solver that diffusers calls `{name}Scheduler()`, for this many steps of a process of 1000."""
     if name not in NAMES:

@@ -4,6 +4,8 @@ The network predicts noise; the solver remembers the data that the noise implies
 x ← (σ'/σ) x - α' (e^-h - 1) (D0 + D1 / 2), h = λ' - λ, D1 the slope of the remembered data.
 """
 
+from functools import lru_cache
+
 import numpy as np
 
 from opensora_jax.common.errors import UserError
@@ -36,6 +38,7 @@ def multistep(times, alpha, sigma, second: list[bool]) -> Linear:
     return Linear(Table.of(times[:-1], slots=1, **columns))
 
 
+@lru_cache
 def open_sora(steps: int = 20, *, order: int = 2, spacing: str = "time_uniform", always_lower: bool = False) -> Linear:
     """ "dpm-solver" of Open-Sora 1.0-1.3, on 1000 linear betas taken as continuous time (0, 1].
 
