@@ -33,6 +33,7 @@ class Aesthetic(Stage):
         clip_path: str = ""
         aes_path: str = ""
         places: tuple[float, ...] = (0.1, 0.5, 0.9)
+        num_gpus: float = 0.0  # of a worker, under Ray
 
     @classmethod
     def check(cls, config):

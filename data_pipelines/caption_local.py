@@ -21,7 +21,7 @@ from opensora_jax.common.errors import UserError
 class CaptionLocal(Stage):
     columns_in = ("path", "num_frames")
     columns_out = {"text": pa.string(), "caption_model": pa.string()}
-    resources = Resources(num_cpus=2, num_gpus=0, max_workers=1)
+    resources = Resources(num_cpus=2, max_workers=1)
     batch_size = 8
 
     @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class CaptionLocal(Stage):
         max_tokens: int = 200
         device: str = "auto"
         dtype: str = "auto"
+        num_gpus: float = 0.0  # of a worker, under Ray
 
     @classmethod
     def check(cls, config):

@@ -24,6 +24,7 @@ class Match(Stage):
     @dataclasses.dataclass(frozen=True)
     class Config:
         clip_path: str = ""
+        num_gpus: float = 0.0  # of a worker, under Ray
 
     @classmethod
     def check(cls, config):

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from data_pipelines import files, parts
-from data_pipelines.stage import Batch, Stage
+from data_pipelines.stage import Batch, Resources, Stage
 from opensora_jax.common.errors import UserError
 
 TRIES = 3  # of a batch that cannot be divided (a shard) and whose worker dies
@@ -100,15 +100,24 @@ def run(stage: type[Stage], config: Any, work: Iterable[pa.Table], folder: str, 
     blocks = [batch.combine_chunks() for batch in work]
     if not blocks:
         return
-    cap = stage.resources.max_workers if stage.resources.num_gpus == 0 and stage.resources.max_workers else None
-    most = min(len(blocks), workers or 2 * int(ray.cluster_resources().get("CPU", 8)), cap or len(blocks))
+    wants = stage.wants(config)
+    most = min(len(blocks), workers or fitting(wants, ray.cluster_resources()))
     done = ray.data.from_arrow(blocks).map_batches(
         Worker,
         fn_constructor_args=(stage, config, folder, files.join(folder, f".run-{time.time_ns()}")),
         batch_size=None,  # one block is one batch: the parts are those of the local runner
         batch_format="pyarrow",
-        num_cpus=stage.resources.num_cpus,
-        num_gpus=stage.resources.num_gpus,
+        num_cpus=wants.num_cpus,
+        num_gpus=wants.num_gpus,
         compute=ActorPoolStrategy(min_size=1, max_size=most),
     )
     yield from done.iter_rows()
+
+
+def fitting(wants: Resources, cluster: dict[str, float]) -> int:
+    """Most actors of a stage. On a cluster of our own the CPUs are logical, so the machine's cores count instead."""
+    if wants.num_gpus:
+        return max(1, int(cluster.get("GPU", 0) / wants.num_gpus))
+    nodes = len([name for name in cluster if name.startswith("node:") and name != "node:__internal_head__"])
+    cores = (os.cpu_count() or 1) if nodes <= 1 else cluster.get("CPU", 1)
+    return min(wants.max_workers or 1 << 16, max(1, int(cores / wants.num_cpus)))

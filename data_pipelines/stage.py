@@ -56,6 +56,11 @@ class Stage:
         return cls.columns_in
 
     @classmethod
+    def wants(cls, config: Any) -> Resources:
+        """The resources of one worker under this config: a stage with an option `num_gpus` can be given one."""
+        return dataclasses.replace(cls.resources, num_gpus=getattr(config, "num_gpus", cls.resources.num_gpus))
+
+    @classmethod
     def check(cls, config: Any) -> None:
         """Raises a UserError for what would fail every row (weights that are not there), before any step starts."""
 

@@ -75,7 +75,9 @@ def cluster(tmp_path_factory):
 def test_both_runners_write_the_same_files(cluster, corpus, tmp_path):
     results = []
     for runner in ("local", "ray"):
-        pipeline.run(STEPS, tables.read_input(corpus[0]), Options(str(tmp_path / "out"), runner=runner, quiet=True))
+        pipeline.run(
+            STEPS, tables.read_input(corpus[0]), Options(str(tmp_path / "out"), runner=runner, quiet=True, workers=1)
+        )
         results.append(tree(tmp_path / "out"))
         os.rename(tmp_path / "out", tmp_path / runner)
     assert results[0].keys() == results[1].keys() and "table.parquet" in results[0]
@@ -96,7 +98,7 @@ def deadly(log, **options):
 
 def test_a_killed_worker_loses_nothing(cluster, tmp_path):
     plan = [deadly(tmp_path / "log", dies_once="row04")]
-    made = pipeline.run(plan, rows(12), Options(str(tmp_path / "out"), runner="ray", quiet=True))
+    made = pipeline.run(plan, rows(12), Options(str(tmp_path / "out"), runner="ray", quiet=True, workers=1))
     assert made["length"].to_pylist() == list(range(12)) and os.path.exists(f"{tmp_path}/log.died")
     seen = (tmp_path / "log").read_text().split()
     assert set(seen) == set(rows(12)["id"].to_pylist())
@@ -111,7 +113,7 @@ sys.path[:0] = {path!r}
 from tests.data_pipelines.test_ray import deadly, rows
 from data_pipelines import pipeline
 from data_pipelines.pipeline import Options
-pipeline.run([deadly({log!r}, pause=0.15)], rows(30), Options({out!r}, runner="ray", ray_address={address!r}, quiet=True))
+pipeline.run([deadly({log!r}, pause=0.15)], rows(30), Options({out!r}, runner="ray", ray_address={address!r}, quiet=True, workers=1))
 """
 
 
@@ -130,7 +132,7 @@ def test_a_killed_driver_resumes(cluster, tmp_path):
     _, done, _ = parts.read(folder, deadly(log).stage.schema(), "id")
     assert 0 < len(done) < 30
     os.unlink(log)
-    made = pipeline.run([deadly(log, pause=0.15)], rows(30), Options(out, runner="ray", quiet=True))
+    made = pipeline.run([deadly(log, pause=0.15)], rows(30), Options(out, runner="ray", quiet=True, workers=1))
     assert made["length"].to_pylist() == list(range(30))
     assert sorted([*done, *Path(log).read_text().split()]) == rows(30)["id"].to_pylist(), "finished work was repeated"
 

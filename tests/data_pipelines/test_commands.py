@@ -1,0 +1,92 @@
+"""Every command of docs/curation.md, the configs, and what a user's mistake looks like."""
+
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipelines import entry, run
+from data_pipelines.stage import configure, find, names
+from opensora_jax.common.errors import UserError, guarded
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "curation.md").read_text()
+
+
+def commands(fence):
+    blocks = re.findall(rf"```{fence}\n(.*?)```", PAGE, re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.strip().split("\n")]
+
+
+def execute(words, monkeypatch):
+    assert words[:2] == ["python", "-m"]
+    monkeypatch.setattr(sys, "argv", words[2:])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+    return end.value.code
+
+
+def test_the_page_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data_pipelines").symlink_to(ROOT / "data_pipelines")
+    for words in commands("bash"):
+        assert not execute(words, monkeypatch), words
+    first, again = (pq.read_table(tmp_path / name / "table.parquet") for name in ("WORK", "AGAIN"))
+    assert first.num_rows == again.num_rows == 18
+    assert pq.read_table(tmp_path / "both.parquet").num_rows > 10 and (tmp_path / "REPORT" / "report.html").exists()
+
+
+def test_commands_that_need_weights_or_servers_have_real_flags(monkeypatch):
+    for words in commands("sh"):
+        stage = words[2].split(".")[-1]
+        given = dict(word.removeprefix("--").split("=", 1) for word in words[3:])
+        shared = {action.dest for action in entry.parser("")._actions} | {"config"}
+        options = {name: value for name, value in given.items() if name not in shared}
+        if stage != "run":
+            configure(find(stage), options)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "data_pipelines" / "configs").glob("[!_]*.py")), ids=lambda p: p.stem)
+def test_configs_load_and_take_overrides(path):
+    steps = run.steps(run.load(str(path), ["--config.scene_cut.max_seconds=3", "--config.good.keep=('flow > 2',)"]))
+    found = {step.label: step.config for step in steps}
+    assert found["scene_cut"].max_seconds == 3.0 and found["good"].keep == ("flow > 2",)
+
+
+def test_every_stage_says_what_it_reads_and_writes():
+    for name in names():
+        stage = find(name)
+        assert stage.__doc__ or sys.modules[stage.__module__].__doc__
+        assert len(stage.schema().names) == len(set(stage.schema().names))
+    assert {"probe", "scene_cut", "flow", "ocr", "dedup", "caption", "filter", "pack"} <= set(names())
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--config=none.py"], "none.py does not exist"),
+        (["--config=CURATE", "--config.scene_cut.max_second=3"], "no option max_second; did you mean max_seconds?"),
+        (["--config=CURATE", "--config.scene_cutt.x=3"], "there is no step scene_cutt"),
+        (["--config=CURATE", "--confg.x=3"], "unknown flag --confg.x=3"),
+        (["--config=CURATE", "--config.good.keep=('aes > 1',)"], "good needs the column aes"),
+        (["--config=CURATE", "--config.ocr.frames=many"], "ocr.frames must be int, not 'many'"),
+        (["--config=CURATE", "--config.flow.stage=flaw"], "no stage called flaw; did you mean flow?"),
+    ],
+)
+def test_mistakes_are_one_sentence(words, message, corpus, tmp_path, monkeypatch, capsys):
+    words = [word.replace("CURATE", str(ROOT / "data_pipelines" / "configs" / "curate.py")) for word in words]
+    monkeypatch.setattr(sys, "argv", ["run", f"--input={corpus[0]}", f"--output={tmp_path / 'o'}", *words])
+    assert guarded(run.main) == 2
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert message in error
+
+
+def test_an_empty_folder_is_named(tmp_path):
+    with pytest.raises(UserError, match="holds no video and no Parquet file"):
+        from data_pipelines import tables
+
+        tables.read_input(str(tmp_path))
