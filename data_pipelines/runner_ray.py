@@ -8,6 +8,8 @@ row, within the same error budget as rows that fail.
 import json
 import logging
 import os
+import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from data_pipelines import files, parts
 from data_pipelines.stage import Batch, Resources, Stage
 from opensora_jax.common.errors import UserError
 
+WAIT_SECONDS = 180
 TRIES = 3  # of a batch that cannot be divided (a shard) and whose worker dies
 
 
@@ -102,6 +105,7 @@ def run(stage: type[Stage], config: Any, work: Iterable[pa.Table], folder: str, 
         return
     wants = stage.wants(config)
     most = min(len(blocks), workers or fitting(wants, ray.cluster_resources()))
+    watchdog = patience(stage)
     done = ray.data.from_arrow(blocks).map_batches(
         Worker,
         fn_constructor_args=(stage, config, folder, files.join(folder, f".run-{time.time_ns()}")),
@@ -111,7 +115,23 @@ def run(stage: type[Stage], config: Any, work: Iterable[pa.Table], folder: str, 
         num_gpus=wants.num_gpus,
         compute=ActorPoolStrategy(min_size=1, max_size=most),
     )
-    yield from done.iter_rows()
+    try:
+        for counts in done.iter_rows():
+            watchdog.cancel()
+            watchdog = patience(stage)
+            yield counts
+    finally:
+        watchdog.cancel()
+
+
+def patience(stage: type[Stage]) -> threading.Timer:
+    """Ray waits in silence for resources that a cluster does not have; this says so."""
+    wants = f"{stage.__name__} ({stage.resources.num_cpus} CPU, {stage.resources.num_gpus} GPU a worker)"
+    text = f"no batch of {wants} has finished for {WAIT_SECONDS} s; does `ray status` show that much free?"
+    timer = threading.Timer(WAIT_SECONDS, print, [text], {"file": sys.stderr})
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def fitting(wants: Resources, cluster: dict[str, float]) -> int:

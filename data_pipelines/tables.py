@@ -21,7 +21,7 @@ ORIGINAL_COLUMNS = ("path", "text", "num_frames", "width", "height", "aspect_rat
 ORIGINAL_COLUMNS += ("aes", "flow", "ocr", "match", "cmotion")
 
 
-def read_input(source: str, *, need: bool = True) -> pa.Table:
+def read_input(source: str) -> pa.Table:
     """The rows of `source`: a folder of videos, a folder of Parquet files, a .parquet or a .csv."""
     source = files.absolute(source)
     if not files.exists(source):

@@ -1,5 +1,6 @@
 """Every command of docs/curation.md, the configs, and what a user's mistake looks like."""
 
+import json
 import re
 import runpy
 import shlex
@@ -35,8 +36,8 @@ def test_the_page_from_top_to_bottom(tmp_path, monkeypatch):
     (tmp_path / "data_pipelines").symlink_to(ROOT / "data_pipelines")
     for words in commands("bash"):
         assert not execute(words, monkeypatch), words
-    first, again = (pq.read_table(tmp_path / name / "table.parquet") for name in ("WORK", "AGAIN"))
-    assert first.num_rows == again.num_rows == 18
+    assert pq.read_table(tmp_path / "WORK" / "table.parquet").num_rows == 18
+    assert json.loads((tmp_path / "PACKED" / "pack" / "manifest.json").read_text())["records"] == 18
     assert pq.read_table(tmp_path / "both.parquet").num_rows > 10 and (tmp_path / "REPORT" / "report.html").exists()
 
 

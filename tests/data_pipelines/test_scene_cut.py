@@ -1,0 +1,69 @@
+"""Every detector, gradual transitions, margins and length limits."""
+
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from data_pipelines import synthetic
+from data_pipelines.scene_cut import DETECTORS, STAGE, limited, scenes, without
+from opensora_jax.common.errors import UserError
+
+
+def config(**options):
+    return STAGE.Config(folder="", **options)
+
+
+@pytest.mark.parametrize("name", DETECTORS[:4])
+def test_each_detector_finds_hard_cuts_exactly(name, corpus):
+    for file, edges in (("cuts_a.mp4", [0, 30, 73, 100]), ("cuts_b.mp4", [0, 25, 75])):
+        _, spans = scenes(os.path.join(corpus[0], file), 24.0, config(detectors=(name,)))
+        assert [a for a, _ in spans] + [spans[-1][1]] == edges
+
+
+def test_a_dissolve_is_left_out(tmp_path):
+    first = list(synthetic.scene(31, 40, pan=(0.5, 0)))
+    second = list(synthetic.scene(32, 40, pan=(0, 0.5)))
+    mixed = [((1 - k / 13) * a + k / 13 * b).astype(np.uint8) for k, (a, b) in enumerate(zip(first[28:], second), 1)]
+    path = str(tmp_path / "dissolve.mp4")
+    synthetic.written(path, [*first[:28], *mixed, *second[12:]])
+    _, spans = scenes(path, 24.0, config())
+    assert spans == [(0, 68)], "from frame to frame nothing is to be seen"
+    _, spans = scenes(path, 24.0, config(transition_seconds=0.5))
+    (a, b), (c, d) = spans
+    assert (a, d) == (0, 68) and b <= 29 and c >= 35, "the dissolve 28 … 40 is in no scene but for its ends"
+
+
+def test_margins_stay_inside(corpus):
+    _, spans = scenes(os.path.join(corpus[0], "cuts_a.mp4"), 24.0, config(margin_frames=2))
+    assert spans == [(0, 28), (32, 71), (75, 100)]
+
+
+def test_dark_ends_and_gaps():
+    assert without(0, 10, {0, 1, 9}, []) == [(2, 9)]
+    assert without(0, 10, set(range(10)), []) == []
+    assert without(0, 10, set(), [(3, 5), (7, 12)]) == [(0, 3), (5, 7)]
+    assert without(0, 10, set(), [(-2, 2), (20, 30)]) == [(2, 10)]
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, [(0, 100)]),
+        ({"max_seconds": 4.0}, [(0, 33), (33, 66), (66, 100)]),
+        ({"max_seconds": 4.0, "too_long": "truncate"}, [(0, 40)]),
+        ({"min_seconds": 10.1}, []),
+        ({"min_seconds": 10.0, "max_seconds": 10.0}, [(0, 100)]),
+    ],
+)
+def test_length_limits(options, expected):
+    limits = SimpleNamespace(**{"max_seconds": 0.0, "min_seconds": 0.0, "too_long": "split", **options})
+    assert limited([(0, 100)], [k / 10 for k in range(100)], 10.0, limits) == expected
+
+
+def test_wrong_options_are_named():
+    with pytest.raises(UserError, match="choose from adaptive"):
+        STAGE.check(config(detectors=("adaptive", "magic")))
+    with pytest.raises(UserError, match="split or truncate"):
+        STAGE.check(config(too_long="drop"))
