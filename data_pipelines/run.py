@@ -44,6 +44,9 @@ def override(config: ml_collections.ConfigDict, name: str, text: str) -> None:
         value = text
     *folders, last = name.split(".")
     for folder in folders:
+        if folder in config.get("steps", ()) and folder not in config:
+            with config.unlocked():
+                config[folder] = ml_collections.ConfigDict()
         if folder not in config:
             raise UserError(f"--config.{name}: there is no step {folder}; steps are {', '.join(config.steps)}")
         config = config[folder]

@@ -4,14 +4,16 @@
 
 The detectors are driven frame by frame on our own decode, so a cut is a frame number of the file also for variable
 rates. `detectors` may name several (adaptive content hash histogram threshold); their cuts are united. Threshold finds
-fades: the dark frames between two scenes belong to neither. `transition_seconds` adds a second pass that compares
-frames that far apart and leaves gradual transitions out, as in 1.3. Source frames and times are kept with every clip.
+fades: the dark frames between two scenes belong to neither. `transition_seconds` adds a second look that finds
+dissolves at least that long and leaves them out. Source frames and times are kept with every clip.
 """
 
+import collections
 import dataclasses
 import itertools
 import sys
 
+import numpy as np
 import pyarrow as pa
 
 from data_pipelines import entry, files
@@ -138,7 +140,7 @@ def scenes(path: str, fps: float, config) -> tuple[list[float], list[tuple[int, 
     edges = [0, *sorted(c for c in cuts if 0 < c < len(times)), len(times)]
     spans = []
     for start, end in itertools.pairwise(edges):
-        spans.extend(without(start, end, dark if len(dark) < len(times) else set(), gaps.spans(cuts)))
+        spans.extend(without(start, end, dark if len(dark) < len(times) else set(), gaps.spans()))
     margin = config.margin_frames
     inner = [(a + margin * (a > 0), b - margin * (b < len(times))) for a, b in spans]
     return times, [(a, b) for a, b in inner if b > a]
@@ -160,23 +162,43 @@ def without(start: int, end: int, dark: set[int], gaps: list[tuple[int, int]]) -
 
 
 class Gradual:
-    """The second pass: a content detector on frames `transition_seconds` apart sees dissolves that neighbours hide."""
+    """The second pass: in a dissolve the frames between two moments are mixtures of those two, in the proportion of time;
+    in a moving picture they are not, unless it moves so little that the two are still alike. Looks at thumbnails
+    `transition_seconds` apart and at the three between them.
+    """
 
-    def __init__(self, fps: float, config):
-        self.stride = round(config.transition_seconds * fps)
-        self.detector = detector("content", config) if self.stride > 1 else None
-        self.found: list[int] = []
+    def __init__(self, fps: float, config, most_alike: float = 0.75, most_misfit: float = 0.25):
+        self.length = round(config.transition_seconds * fps / 4) * 4
+        self.most_alike, self.most_misfit = most_alike, most_misfit
+        self.recent: collections.deque = collections.deque(maxlen=self.length + 1)
+        self.found: set[int] = set()
 
     def see(self, number: int, bgr) -> None:
-        from scenedetect import FrameTimecode
+        if not self.length:
+            return
+        import cv2
 
-        if self.detector is not None and number % self.stride == 0:
-            step = number // self.stride
-            self.found.extend(hit.frame_num for hit in self.detector.process_frame(FrameTimecode(step, 30.0), bgr))
+        self.recent.append(cv2.resize(bgr, (24, 16), interpolation=cv2.INTER_AREA).astype(np.float32).ravel())
+        if len(self.recent) <= self.length:
+            return
+        first, last = self.recent[0], self.recent[-1]
+        change = np.abs(last - first).mean()
+        if min(first.std(), last.std()) < 4 or np.corrcoef(first, last)[0, 1] > self.most_alike:
+            return
+        shares = ((k / 4, self.recent[k * self.length // 4]) for k in (1, 2, 3))
+        misfit = max(np.abs(seen - (1 - share) * first - share * last).mean() for share, seen in shares)
+        if misfit < self.most_misfit * change:
+            self.found.update(range(number - self.length, number + 1))
 
-    def spans(self, cuts: set[int]) -> list[tuple[int, int]]:
-        gaps = [((step - 1) * self.stride + 1, step * self.stride) for step in sorted(set(self.found)) if step > 0]
-        return [(a, b) for a, b in gaps if not any(a <= cut <= b for cut in cuts)]
+    def spans(self) -> list[tuple[int, int]]:
+        """Runs of frames inside transitions."""
+        spans: list[tuple[int, int]] = []
+        for number in sorted(self.found):
+            if spans and spans[-1][1] == number:
+                spans[-1] = (spans[-1][0], number + 1)
+            else:
+                spans.append((number, number + 1))
+        return spans
 
 
 def detector(name: str, config):

@@ -168,6 +168,9 @@ def corpus(folder: str) -> dict[str, dict]:
     }
     for seed, (name, move) in enumerate(moves.items(), 8):
         clip(f"{name}.mp4", scene(seed, 36, **move), cmotion=name.replace("_", " "))
+        Path(at(f"{name}.txt")).write_text(
+            f"The video shows a coloured texture while the camera does a {name[:4].strip('_')}"
+        )
     clip("disc.mp4", scene(14, 36, disc=True), cmotion="static")
     clip("frozen.mp4", scene(15, 36), cmotion="static", good=False, why="frozen")
     clip("black.mp4", [np.zeros((HEIGHT, WIDTH, 3), np.uint8)] * 36, good=False, why="black")
