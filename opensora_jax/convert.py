@@ -114,6 +114,7 @@ def from_reference(args) -> int:
 
     checkpoint = open_checkpoint(resolve(args.source), ema=args.ema)
     room, family = recognise(checkpoint.shapes, checkpoint.config, args.family, checkpoint.path)
+    checkpoint = checkpoint.joined(getattr(tables()[family][1], "JOINS", []))
     _, table, cfg, network = network_of(room, family, checkpoint.shapes, checkpoint.config, checkpoint.path)
     wanted = {path: tuple(leaf.shape) for path, leaf in flatten(network.abstract).items()}
     mapping = plan(checkpoint.shapes, wanted, table.RULES, str(checkpoint.path))

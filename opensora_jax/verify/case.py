@@ -102,7 +102,7 @@ def load_network(room: str, stem: str, weights: Mapping[str, np.ndarray], config
     """A network and its parameters from reference tensors in memory."""
     model = importlib.import_module(f"opensora_jax.{room}.{stem}")
     table = importlib.import_module(f"opensora_jax.weights.{stem}")
-    shapes, read = engine.joined(
+    shapes, read, _ = engine.joined(
         {n: a.shape for n, a in weights.items()}, weights.__getitem__, getattr(table, "JOINS", [])
     )
     cfg = model.Config(**(table.config_from(shapes, config) | overrides))

@@ -157,9 +157,9 @@ def swapped(arrays: list[np.ndarray]) -> np.ndarray:
 
 def joined(
     found: Mapping[str, Shape], read: Callable[[str], np.ndarray], table: list[Join]
-) -> tuple[dict[str, Shape], Callable[[str], np.ndarray]]:
-    """A checkpoint as if it had the reference's names: its shapes, and how to read it. What no join takes up keeps
-    its name, so that a table of rules can say what does not fit."""
+) -> tuple[dict[str, Shape], Callable[[str], np.ndarray], dict[str, str]]:
+    """A checkpoint as if it had the reference's names: its shapes, how to read it, and by name the (first) tensor that
+    it comes from. What no join takes up keeps its name, so that a table of rules can say what does not fit."""
     shapes, recipes, used = {}, {}, set()
     for name in found:
         for join in table:
@@ -175,7 +175,9 @@ def joined(
         combine, sources = recipes[name]
         return combine([np.asarray(read(source)) for source in sources])
 
-    return shapes | {name: tuple(shape) for name, shape in found.items() if name not in used}, read_joined
+    kept = {name: tuple(shape) for name, shape in found.items() if name not in used}
+    origins = {name: sources[0] for name, (_, sources) in recipes.items()} | {name: name for name in kept}
+    return shapes | kept, read_joined, origins
 
 
 @dataclass

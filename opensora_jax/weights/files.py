@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from opensora_jax.common.errors import UserError
+from opensora_jax.weights import engine
 from opensora_jax.weights.store import DTYPES, numpy_dtype
 
 HEADER_LIMIT = 100 * 2**20
@@ -37,6 +38,12 @@ class Checkpoint:
         cut = lambda table: {name.removeprefix(prefix): value for name, value in table.items()}
         read = lambda name: self.read(prefix + name)
         return Checkpoint(self.path, cut(self.shapes), cut(self.dtypes), read, self.config, self.prefix + prefix)
+
+    def joined(self, joins: list[engine.Join]) -> "Checkpoint":
+        """The same tensors under the reference's names, where another publisher's layout has others."""
+        shapes, read, origins = engine.joined(self.shapes, self.read, joins)
+        dtypes = {name: self.dtypes[origin] for name, origin in origins.items()}
+        return Checkpoint(self.path, shapes, dtypes, read, self.config, self.prefix)
 
 
 def open_checkpoint(path, *, ema: bool = False) -> Checkpoint:

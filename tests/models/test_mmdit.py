@@ -137,9 +137,10 @@ def test_names_of_diffusers_are_joined():
     theirs = {f"single_transformer_blocks.7.{part}.bias": np.full(2, i, np.float32) for part, i in split.items()}
     theirs |= {"norm_out.linear.weight": np.arange(8.0).reshape(4, 2), "unheard.of": np.zeros(3)}
     shapes = {name: array.shape for name, array in theirs.items()}
-    found, read = engine.joined(shapes, theirs.__getitem__, table.JOINS)
+    found, read, origins = engine.joined(shapes, theirs.__getitem__, table.JOINS)
     linear1, last = "single_blocks.7.linear1.bias", "final_layer.adaLN_modulation.1.weight"
     assert found == {linear1: (8,), last: (4, 2), "unheard.of": (3,)}
+    assert origins[linear1] == "single_transformer_blocks.7.attn.to_q.bias" and origins["unheard.of"] == "unheard.of"
     np.testing.assert_array_equal(read(linear1), [0, 0, 1, 1, 2, 2, 3, 3])
     np.testing.assert_array_equal(read(last), [[4, 5], [6, 7], [0, 1], [2, 3]])
     del shapes["single_transformer_blocks.7.attn.to_v.bias"]
