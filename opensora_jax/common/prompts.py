@@ -1,14 +1,13 @@
 """What users write into prompts, and what text encoders of the 1.x line expect to be given.
 
 Caption cleaning (the recipe published with DeepFloyd IF, applied twice), score suffixes, `|0|…|2|…` prompts that change
-along a long video, a JSON suffix with references, and the `mask_strategy` grammar. Strings in, strings and numbers out.
+along a long video, and a JSON suffix with references. Strings in, strings and numbers out.
 """
 
 import html.entities
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
 from html.parser import HTMLParser
 from itertools import pairwise
 from urllib.parse import unquote_plus
@@ -237,7 +236,7 @@ def _segments(prompt: str) -> list[tuple[int, str]] | None:
     return segments
 
 
-# References: a JSON suffix and the mask strategy
+# References: a JSON suffix (the grammar of mask_strategy is in diffusion/mask_strategy.py)
 
 
 def split_json(prompt: str, *, opening: str = "{") -> tuple[str, dict]:
@@ -259,47 +258,6 @@ def split_json(prompt: str, *, opening: str = "{") -> tuple[str, dict]:
                 f"prompt {prompt!r}: unknown key {key!r} in its JSON suffix; reference_path or mask_strategy"
             )
     return parts[0], extra
-
-
-@dataclass(frozen=True)
-class MaskEdit:
-    """One group of a mask strategy: put `length` latent frames of a reference into the video."""
-
-    loop: int = 0  # in which loop of a long video
-    reference: int = 0
-    reference_start: int = 0  # negative counts from the end
-    target_start: int = 0
-    length: int = 1
-    edit_ratio: float = 0.0  # 0 keeps the frames, 1 regenerates them, between them is editing
-
-
-def parse_mask_strategy(text: str | None) -> list[MaskEdit]:
-    """Groups joined by `;`, each of one to six numbers joined by `,`: loop, reference, its start, target start, length,
-    edit ratio."""
-    edits = []
-    for group in (text or "").split(";") if text else []:
-        fields = group.split(",")
-        try:
-            if not 1 <= len(fields) <= 6:
-                raise ValueError
-            edits.append(MaskEdit(*map(int, fields[:5]), *map(float, fields[5:])))
-        except ValueError:
-            raise UserError(
-                f"mask strategy {text!r}: cannot read group {group!r}; expected up to six numbers: loop,reference,"
-                "reference start,target start,length,edit ratio"
-            ) from None
-    return edits
-
-
-def format_mask_strategy(edits: Sequence[MaskEdit]) -> str:
-    """The inverse of `parse_mask_strategy`."""
-    return ";".join(",".join(f"{value:g}" for value in astuple(edit)) for edit in edits)
-
-
-def nearest_point(value: int, point: int, max_value: int) -> int:
-    """`value` moved to the nearest multiple of `point`, but not up into the last, incomplete block (1.2's `align`)."""
-    block, rest = divmod(value, point)
-    return (block + (rest > point / 2 and block < max_value // point - 1)) * point
 
 
 # Names and sizes

@@ -175,7 +175,7 @@ class StepSource:
         for attempt in range(min(ATTEMPTS, len(planned.order))):
             clip = planned.clip(slot, attempt)
             rng = random.Random(f"{self.config.seed}/{planned.step}/{slot}/{attempt}")
-            name = f"record {clip}"  # all that is known of one that cannot even be parsed
+            name = f"#{clip}"  # all that is known of one that cannot even be parsed
             try:
                 record = self.source[clip]
                 name = record["id"]
@@ -289,7 +289,7 @@ class Loader:
         self.read += len(element["bad"]) + len(element.get("ids", ()))
         for name, reason in element["bad"]:
             if name not in self.bad:
-                print(f"data: skipped {name}: {reason}", flush=True)
+                print(f"data: skipped record {name}: {reason}", flush=True)
             self.bad[name] += 1
         bad = sum(self.bad.values())
         if bad > self.config.max_bad_share * self.read and self.read >= min(200, len(self.plan.shapes)):

@@ -59,17 +59,6 @@ def test_json_suffix():
             prompts.split_json(wrong)
 
 
-def test_mask_strategy():
-    edits = prompts.parse_mask_strategy("0;1,0,-5,0,5,0.4")
-    assert edits == [prompts.MaskEdit(), prompts.MaskEdit(1, 0, -5, 0, 5, 0.4)]
-    assert prompts.parse_mask_strategy(prompts.format_mask_strategy(edits)) == edits
-    assert prompts.parse_mask_strategy("") == prompts.parse_mask_strategy(None) == []
-    for wrong in ("a", "0,0,0,0,1,0,7", "0;;1", "0,1.5"):
-        with pytest.raises(UserError, match="cannot read group"):
-            prompts.parse_mask_strategy(wrong)
-    assert [prompts.nearest_point(value, 5, 15) for value in (0, 2, 3, 8, 14)] == [0, 0, 5, 10, 10]
-
-
 def test_names_and_sizes():
     assert prompts.save_name(index=3, num_samples=2, sample=1) == "sample_0003-1"
     assert prompts.save_name("a/b" * 40, prompt_as_name=True) == ("a_b" * 40)[:50]
