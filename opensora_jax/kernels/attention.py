@@ -11,14 +11,17 @@ import functools
 import logging
 from types import ModuleType
 
-from opensora_jax.kernels import cudnn, pallas_gpu, spec, xla
+from opensora_jax.kernels import cudnn, pallas_gpu, pallas_tpu, spec, xla
 from opensora_jax.kernels.sharded import over_mesh
 from opensora_jax.kernels.spec import Call, Unsupported
 
 log = logging.getLogger("opensora_jax.kernels")
 
-BACKENDS: dict[str, ModuleType] = {"xla": xla, "cudnn": cudnn, "pallas_gpu": pallas_gpu}
-PREFERENCE = {"tpu": ("xla",), "cuda": ("cudnn", "xla")}  # fastest first; other platforms take the reference
+BACKENDS: dict[str, ModuleType] = {"xla": xla, "pallas_tpu": pallas_tpu, "cudnn": cudnn, "pallas_gpu": pallas_gpu}
+PREFERENCE = {
+    "tpu": ("pallas_tpu", "xla"),
+    "cuda": ("cudnn", "xla"),
+}  # fastest first; other platforms take the reference
 QUERY_AXES = ("batch", "tokens", "heads", None)
 
 

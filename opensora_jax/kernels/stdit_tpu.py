@@ -26,11 +26,12 @@ from opensora_jax.kernels.tpu_lanes import (
     ROWS_BY_ROWS,
     TINY,
     Heads,
+    Preparation,
     aligned,
     at_lane,
     dot,
     norm_rows,
-    preparation,
+    norm_weight,
     rotation_tables,
 )
 
@@ -84,7 +85,7 @@ def stdit_attention(
     extras = {} if q_scale is None else {"norm": norm_rows(heads, q_scale, k_scale)}
     if mode == "temporal":
         return stdit_tpu_temporal.attend(qkv_btsc, heads, extras, rope, norm_before_rope, kv_mask, interpret)
-    blocks = [block or _even_blocks(s, QUERY_BLOCK[stage]) for stage in ("forward", "backward")]
+    blocks = [block or even_blocks(s, QUERY_BLOCK[stage]) for stage in ("forward", "backward")]
     problem = Problem(heads, s, *blocks, norm_before_rope, t, interpret)
     if rope is not None:
         extras["rope"] = rotation_tables(rope, max(problem.padded, *(-(-s // size) * size for size in blocks)))
@@ -94,7 +95,7 @@ def stdit_attention(
     return _attend(qkv_btsc.reshape(b * t, s, c3), extras, problem).reshape(b, t, s, c3 // 3)
 
 
-def _even_blocks(size: int, most: int) -> int:
+def even_blocks(size: int, most: int) -> int:
     """The smallest multiple of 16 that covers `size` in as few blocks as `most` would."""
     count = -(-size // most)
     return -(-size // (count * 16)) * 16
@@ -102,11 +103,11 @@ def _even_blocks(size: int, most: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _attend(qkv, extras, problem):
-    return _forward(qkv, extras, problem)
+    return forward_call(qkv, qkv, qkv, (0, 1, 2), extras, problem)
 
 
 def _attend_forward(qkv, extras, problem):
-    return _forward(qkv, extras, problem), (qkv, extras)
+    return forward_call(qkv, qkv, qkv, (0, 1, 2), extras, problem), (qkv, extras)
 
 
 def _attend_backward(problem, residuals, d_out):
@@ -121,7 +122,7 @@ def _attend_backward(problem, residuals, d_out):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _extra_specs(extras, problem):
+def extra_specs(extras, problem):
     """Norm weights and tables stay put; the key mask moves with the row."""
     whole = lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
     specs = {name: whole(x) for name, x in extras.items()}
@@ -134,30 +135,31 @@ def _extra_specs(extras, problem):
 
 def _prepare(problem, extras, head, which, first, rows, dtype):
     """The preparation of q or k for `rows` rows from `first`."""
-    tables = None
+    tables = (None, None)
     if "rope" in extras:
         tables = tuple(aligned(extras["rope"][i, pl.ds(first, rows), :], problem.heads, head) for i in range(2))
-    return preparation(problem.heads, head, which, extras.get("norm"), tables, problem.norm_first, dtype)
+    weight = norm_weight(problem.heads, head, which, extras.get("norm"))
+    return Preparation(weight, *tables, problem.norm_first, problem.heads.dim, dtype, matrix_sums=False)
 
 
-def _reader(ref, which, heads: Heads, rows=slice(None)):
+def reader(ref, which, heads: Heads, rows=slice(None)):
     """tile → [rows, 128] of q (0), k (1) or v (2) in a [1, rows, n*C] block."""
     start = which * heads.tiles
     return lambda tile: ref[0, rows, (start + tile) * LANES : (start + tile + 1) * LANES]
 
 
-def _valid(rows: int, size, first=0):
+def rows_inside(rows: int, size, first=0):
     """[rows, 128] bool: rows that exist."""
     return first + jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 0) < size
 
 
-def _own_float(read, heads, head, rows, valid):
+def own_float(read, heads, head, rows, valid):
     """A head in float32, zero in foreign lanes and in rows that do not exist."""
     keep = heads.own(head, rows) if valid is None else heads.own(head, rows) & valid
     return jnp.where(keep, heads.gather(read, head).astype(jnp.float32), 0.0)
 
 
-def _hide_keys(k, head, problem, extras, valid):
+def hide_keys(k, head, problem, extras, valid):
     """Prepared keys with the logit of hidden keys in the spare lane."""
     lane = problem.heads.spare(head)
     if "hidden" in extras:
@@ -165,7 +167,7 @@ def _hide_keys(k, head, problem, extras, valid):
     return k if valid is None else at_lane(k, lane, jnp.where(valid, k, HIDE))
 
 
-def _visible(problem, extras, valid):
+def rows_shown(problem, extras, valid):
     """[padded, 128] bool or None: keys that exist and are not hidden."""
     if "hidden" not in extras:
         return valid
@@ -180,20 +182,20 @@ def _forward_kernel(q_ref, k_ref, v_ref, extras, o_ref, keys, values, *, problem
     @pl.when(pl.program_id(1) == 0)
     def _prepare_row():
         padded = problem.padded
-        valid = _valid(padded, problem.size) if padded != problem.size else None
-        visible = _visible(problem, extras, valid)
+        valid = rows_inside(padded, problem.size) if padded != problem.size else None
+        visible = rows_shown(problem, extras, valid)
         for head in range(heads.count):
             own = heads.own(head, padded)
-            k = _own_float(_reader(k_ref, 0, heads), heads, head, padded, valid)
+            k = own_float(reader(k_ref, 0, heads), heads, head, padded, valid)
             k = _prepare(problem, extras, head, 1, 0, padded, dtype).forward(k)
-            keys[head] = _hide_keys(k, head, problem, extras, valid).astype(dtype)
-            v = jnp.where(own, heads.gather(_reader(v_ref, 0, heads), head), jnp.ones((), dtype))
+            keys[head] = hide_keys(k, head, problem, extras, valid).astype(dtype)
+            v = jnp.where(own, heads.gather(reader(v_ref, 0, heads), head), jnp.ones((), dtype))
             values[head] = v if visible is None else jnp.where(visible, v, jnp.zeros((), dtype))
 
     tiles = [None] * heads.tiles
     first = pl.program_id(1) * rows
     for head in range(heads.count):
-        q = _own_float(_reader(q_ref, 0, heads), heads, head, rows, None)
+        q = own_float(reader(q_ref, 0, heads), heads, head, rows, None)
         q = _prepare(problem, extras, head, 0, first, rows, dtype).forward(q) * problem.scale
         q = at_lane(q, heads.spare(head), 1.0).astype(dtype)
         scores = dot(q, keys[head], ROWS_BY_ROWS)
@@ -205,25 +207,37 @@ def _forward_kernel(q_ref, k_ref, v_ref, extras, o_ref, keys, values, *, problem
         o_ref[0, :, tile * LANES : (tile + 1) * LANES] = x.astype(dtype)
 
 
-def _forward(qkv, extras, problem):
-    rows, size, c3 = qkv.shape
-    channels, padded, block = c3 // 3, problem.padded, problem.block
+def forward_call(q, k, v, lanes, extras, problem):
+    """Queries [rows, T, ..] over keys and values [rows, S, ..], each at its block of C lanes (`lanes`)."""
+    rows, queries, _ = q.shape
+    channels, padded, block = problem.heads.channels, problem.padded, problem.block
     whole = lambda which: pl.BlockSpec((1, padded, channels), lambda row, _: (row, 0, which))
-    queries = pl.BlockSpec((1, block, channels), lambda row, i: (row, i, 0))
-    prepared = pltpu.VMEM((problem.heads.count, padded, LANES), qkv.dtype)
+    queries_at = lambda which: pl.BlockSpec((1, block, channels), lambda row, i: (row, i, which))
+    prepared = pltpu.VMEM((problem.heads.count, padded, LANES), q.dtype)
     return pl.pallas_call(
         functools.partial(_forward_kernel, problem=problem),
-        grid=(rows, -(-size // block)),
-        in_specs=[queries, whole(1), whole(2), _extra_specs(extras, problem)],
-        out_specs=queries,
-        out_shape=jax.ShapeDtypeStruct((rows, size, channels), qkv.dtype),
+        grid=(rows, -(-queries // block)),
+        in_specs=[queries_at(lanes[0]), whole(lanes[1]), whole(lanes[2]), extra_specs(extras, problem)],
+        out_specs=queries_at(0),
+        out_shape=jax.ShapeDtypeStruct((rows, queries, channels), q.dtype),
         scratch_shapes=[prepared, prepared],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         interpret=problem.interpret,
         name="stdit_spatial",
-    )(qkv, qkv, qkv, extras)
+    )(q, k, v, extras)
+
+
+def transposed_slopes(k, q, v, do):
+    """Softmax weights and gradients of the logits, [keys, queries]; columns that see no key are zero."""
+    scores = dot(k, q, ROWS_BY_ROWS)
+    peak = scores.max(0, keepdims=True)
+    weights = jnp.exp2(scores - peak)
+    weights = weights * jnp.where(peak > HIDE / 2, 1.0 / weights.sum(0, keepdims=True), 0.0)
+    d_weights = dot(v, do, ROWS_BY_ROWS)
+    slope = weights * (d_weights - (weights * d_weights).sum(0, keepdims=True))
+    return weights.astype(q.dtype), slope.astype(q.dtype)
 
 
 def _backward_kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
@@ -231,15 +245,15 @@ def _backward_kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
     heads, padded, rows = problem.heads, problem.padded, problem.block_backward
     dtype = qkv_ref.dtype
     norm = extras.get("norm")
-    valid = _valid(padded, problem.size) if padded != problem.size else None
+    valid = rows_inside(padded, problem.size) if padded != problem.size else None
     ragged = padded != problem.size or problem.size % rows
     inverse = 1 / LOG2E
     row = slice(0, padded)
     for head in range(heads.count):
-        k_raw = _own_float(_reader(qkv_ref, 1, heads, row), heads, head, padded, valid)
+        k_raw = own_float(reader(qkv_ref, 1, heads, row), heads, head, padded, valid)
         k_preparation = _prepare(problem, extras, head, 1, 0, padded, dtype)
-        k = _hide_keys(k_preparation.forward(k_raw), head, problem, extras, valid).astype(dtype)
-        v = _own_float(_reader(qkv_ref, 2, heads, row), heads, head, padded, _visible(problem, extras, valid)).astype(
+        k = hide_keys(k_preparation.forward(k_raw), head, problem, extras, valid).astype(dtype)
+        v = own_float(reader(qkv_ref, 2, heads, row), heads, head, padded, rows_shown(problem, extras, valid)).astype(
             dtype
         )
         dk_sum[...] = jnp.zeros_like(dk_sum)
@@ -248,19 +262,13 @@ def _backward_kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
         def block(i, d_weight, head=head, k=k, v=v):
             first = pl.multiple_of(i * rows, 16)
             at = pl.ds(first, rows)
-            exists = _valid(rows, problem.size, first) if ragged else None
-            q_raw = _own_float(_reader(qkv_ref, 0, heads, at), heads, head, rows, exists)
+            exists = rows_inside(rows, problem.size, first) if ragged else None
+            q_raw = own_float(reader(qkv_ref, 0, heads, at), heads, head, rows, exists)
             q_preparation = _prepare(problem, extras, head, 0, first, rows, dtype)
             q = at_lane(q_preparation.forward(q_raw) * problem.scale, heads.spare(head), 1.0).astype(dtype)
-            do = _own_float(_reader(do_ref, 0, heads, at), heads, head, rows, exists).astype(dtype)
-            scores = dot(k, q, ROWS_BY_ROWS)  # [keys, queries]
-            peak = scores.max(0, keepdims=True)
-            weights = jnp.exp2(scores - peak)
-            seen = jnp.where(peak > HIDE / 2, 1.0 / weights.sum(0, keepdims=True), 0.0)
-            weights = weights * seen
-            d_weights = dot(v, do, ROWS_BY_ROWS)
-            slope = (weights * (d_weights - (weights * d_weights).sum(0, keepdims=True))).astype(dtype)
-            dv_sum[...] += dot(weights.astype(dtype), do)
+            do = own_float(reader(do_ref, 0, heads, at), heads, head, rows, exists).astype(dtype)
+            weights, slope = transposed_slopes(k, q, v, do)
+            dv_sum[...] += dot(weights, do)
             dk_sum[...] += dot(slope, q)
             dq = dot(slope, k, COLUMNS_BY_COLUMNS) * (problem.scale * inverse)
             own = heads.own(head, rows)
@@ -319,7 +327,7 @@ def _backward(qkv, extras, d_out, problem):
     return pl.pallas_call(
         functools.partial(_backward_kernel, problem=problem),
         grid=(rows,),
-        in_specs=[row(c3), row(c3 // 3), _extra_specs(extras, problem)],
+        in_specs=[row(c3), row(c3 // 3), extra_specs(extras, problem)],
         out_specs=out_specs,
         out_shape=out_shape,
         scratch_shapes=[total, total],

@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from opensora_jax.kernels import spec
 from opensora_jax.kernels.spec import Call, Unsupported
 from opensora_jax.kernels.tpu_lanes import (
     COLUMNS_BY_COLUMNS,
@@ -24,8 +25,9 @@ from opensora_jax.kernels.tpu_lanes import (
     ROWS_BY_ROWS,
     TINY,
     Heads,
+    Preparation,
     dot,
-    preparation,
+    norm_weight,
 )
 
 MAX_ROW = 128
@@ -85,13 +87,21 @@ def supports(call: Call) -> None:
         raise Unsupported(f"{call.queries} frames are more than {MAX_ROW}")
 
 
+def tile_rows() -> int:
+    """Rows of a tile of scores: what the static schedule prefers (v5e: 128, v6e: 256; 2026-11-21)."""
+    return 128 if spec.chip() == "v5e" else 256
+
+
 def attend(qkv_btsc, heads, extras, rope, norm_first, kv_mask, interpret, block=None, units=None):
     b, t, s, c3 = qkv_btsc.shape
     itemsize = qkv_btsc.dtype.itemsize
     if block is None:
         block = 16 if t <= 64 else 8
     if units is None:
-        units = 0 if t * block <= 256 else max(1, min(block * itemsize // 4, 128 // (-(-t // 8) * 8 * 4 // itemsize)))
+        rows = -(-t // 8) * 8 * 4 // itemsize  # of one strided load
+        units = 0 if t * block <= 256 else max(1, min(block * itemsize // 4, tile_rows() // rows))
+        while block * itemsize // 4 % max(units, 1):
+            units -= 1
     problem = Problem(heads, t, s, block, units, itemsize, norm_first, interpret)
     extras = dict(extras)
     frame, position = problem.frame_of_row(), problem.position_of_row()
@@ -250,12 +260,13 @@ def _own(heads, head, read, rows):
 def _prepared(block, extras, head, which, index):
     """Raw head and its preparation."""
     problem = block.problem
-    tables = None
+    tables = (None, None)
     if "rope" in extras:
         read = lambda i: lambda tile: extras["rope"][i, :, tile * LANES : (tile + 1) * LANES]
         tables = tuple(problem.heads.gather(read(i), head) for i in range(2))
     raw = _own(problem.heads, head, block.read(which, index), problem.rows)
-    return raw, preparation(problem.heads, head, which, extras.get("norm"), tables, problem.norm_first, block.dtype)
+    weight = norm_weight(problem.heads, head, which, extras.get("norm"))
+    return raw, Preparation(weight, *tables, problem.norm_first, problem.heads.dim, block.dtype, matrix_sums=True)
 
 
 def _scale(problem):

@@ -94,8 +94,9 @@ COLUMNS_BY_COLUMNS = ((0,), (0,))  # a^T b
 class Preparation(NamedTuple):
     """Of one head's q or k: the norm's weight [1, 128] and the rotation's tables [rows, 128], each or None.
 
-    Sums over a head and swaps of neighbouring lanes go through the matrix unit, in the working dtype: lane reductions and
-    rotates would be the bottleneck, and the results reach all lanes without a broadcast.
+    Neighbouring lanes are swapped by the matrix unit, and with `matrix_sums` it also sums over a head: in temporal mode,
+    where it has time to spare, that is cheaper than lane reductions and rotates, and the sum reaches all lanes without a
+    broadcast (static schedules of v5e and v6e, 2026-11-21). Both in the working dtype.
     """
 
     weight: jax.Array | None
@@ -104,6 +105,7 @@ class Preparation(NamedTuple):
     norm_first: bool
     dim: int
     dtype: jnp.dtype
+    matrix_sums: bool
 
     def forward(self, x):
         """x: [rows, 128] float32 with zeros in the foreign lanes."""
@@ -140,7 +142,9 @@ class Preparation(NamedTuple):
         return x * scale, scale
 
     def _sum(self, x):
-        """Over all lanes, in all lanes."""
+        """Over all lanes; [rows, 1] or the same in all lanes."""
+        if not self.matrix_sums:
+            return x.sum(-1, keepdims=True)
         return dot(x.astype(self.dtype), jnp.ones((LANES, LANES), self.dtype))
 
     def _turn(self, x):
@@ -161,12 +165,11 @@ def norm_rows(heads: Heads, q_scale, k_scale):
     return jnp.stack([jnp.tile(x.astype(jnp.float32), heads.count) for x in (q_scale, k_scale)])
 
 
-def preparation(heads: Heads, head: int, which: int, norm_ref, tables, norm_first: bool, dtype) -> Preparation:
-    """For q (which = 0) or k (1) of a head. tables: (cos, sin) of the head [rows, 128], or None."""
-    weight = None
-    if norm_ref is not None:
-        weight = heads.gather(lambda tile: norm_ref[which : which + 1, tile * LANES : (tile + 1) * LANES], head)
-    return Preparation(weight, *(tables or (None, None)), norm_first, heads.dim, dtype)
+def norm_weight(heads: Heads, head: int, which: int, norm_ref):
+    """[1, 128] of q (which = 0) or k (1) from [2, C], or None."""
+    if norm_ref is None:
+        return None
+    return heads.gather(lambda tile: norm_ref[which : which + 1, tile * LANES : (tile + 1) * LANES], head)
 
 
 def aligned(table, heads: Heads, head: int):

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from opensora_jax.kernels import spec, stdit_tpu
+from opensora_jax.kernels.attention import attention
 from opensora_jax.kernels.spec import Unsupported
 from opensora_jax.kernels.stdit import stdit_attention
 from tests.kernels.cases import BY_NAME, CASES
@@ -30,6 +31,15 @@ def test_fused_rows_match_float64(name, dtype):
     if case.kind == "temporal":
         case = replace(case, queries=min(case.queries, 24))
     check(case, dtype, functools.partial(stdit_attention, implementation="pallas_tpu"))
+
+
+@pytest.mark.parametrize("name, heads, head_dim", [("v1.0 cross 64x512 text 120", 4, 96), ("v2.0 joint 256px", 2, 128)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_matches_float64(name, heads, head_dim, dtype):
+    case = replace(BY_NAME[name].small(), heads=heads, head_dim=head_dim)
+    if head_dim == 128:
+        case = replace(case, batch=2, queries=150, keys=280, ragged=True)
+    check(case, dtype, functools.partial(attention, implementation="pallas_tpu"))
 
 
 @pytest.mark.parametrize("name", ["v1.2 spatial 480p", "v1.2 temporal T=30 480p", "v1.0 temporal T=16"])

@@ -1,0 +1,125 @@
+"""Cross-attention on TPUs: many queries over a short text whose keys and values stay in fast memory.
+
+Forward is the spatial kernel of stdit_tpu.py with keys of their own. Backward: grid (sample, block of queries); the
+gradients of keys and values gather in fast memory over the blocks and leave with the last one.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from opensora_jax.kernels.stdit_tpu import (
+    VMEM_LIMIT,
+    Problem,
+    even_blocks,
+    extra_specs,
+    forward_call,
+    hide_keys,
+    own_float,
+    reader,
+    rows_inside,
+    rows_shown,
+    transposed_slopes,
+)
+from opensora_jax.kernels.tpu_lanes import COLUMNS_BY_COLUMNS, HIDE, LANES, LOG2E, Heads, at_lane, dot
+from opensora_jax.kernels.xla import key_visibility
+
+MAX_KEYS = 1024
+QUERY_BLOCK = 512
+
+
+def attend(q, k, v, kv_lengths, kv_mask, heads: Heads, scale, interpret):
+    """[B, T, C] over [B, S, C]."""
+    block = even_blocks(q.shape[1], QUERY_BLOCK)
+    # The kernels scale by 1/sqrt(H); any other scale is put into q.
+    usual = heads.dim**-0.5
+    q = q if scale == usual else q * jnp.asarray(scale / usual, q.dtype)
+    problem = Problem(heads, k.shape[1], block, block, True, 1, interpret)
+    extras = {}
+    shown = key_visibility(k.shape[1], kv_lengths, kv_mask)
+    if shown is not None:
+        hidden = jnp.where(shown, 0.0, HIDE).astype(jnp.float32)
+        extras["hidden"] = jnp.broadcast_to(hidden[:, :, None], (*hidden.shape, LANES))
+    return _attend(q, k, v, extras, problem)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q, k, v, extras, problem):
+    return forward_call(q, k, v, (0, 0, 0), extras, problem)
+
+
+def _attend_forward(q, k, v, extras, problem):
+    return _attend(q, k, v, extras, problem), (q, k, v, extras)
+
+
+def _attend_backward(problem, residuals, d_out):
+    q, k, v, extras = residuals
+    batch, queries, channels = q.shape
+    padded, block, heads = problem.padded, problem.block, problem.heads
+    at_query = pl.BlockSpec((1, block, channels), lambda b, i: (b, i, 0))
+    whole = pl.BlockSpec((1, padded, channels), lambda b, i: (b, 0, 0))
+    tiles = lambda dtype: pltpu.VMEM((heads.count, padded, LANES), dtype)
+    grads = pl.pallas_call(
+        functools.partial(_backward_kernel, problem=problem, queries=queries),
+        grid=(batch, -(-queries // block)),
+        in_specs=[at_query, whole, whole, at_query, extra_specs(extras, problem)],
+        out_specs=[at_query, whole, whole],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)],
+        scratch_shapes=[tiles(q.dtype), tiles(q.dtype), tiles(jnp.float32), tiles(jnp.float32)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
+        interpret=problem.interpret,
+        name="cross_backward",
+    )(q, k, v, d_out, extras)
+    return *grads, jax.tree.map(jnp.zeros_like, extras)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _backward_kernel(
+    q_ref, k_ref, v_ref, do_ref, extras, dq_ref, dk_ref, dv_ref, keys, values, dk_sum, dv_sum, *, problem, queries
+):
+    heads, padded, rows = problem.heads, problem.padded, problem.block
+    dtype = q_ref.dtype
+    index = pl.program_id(1)
+
+    @pl.when(index == 0)
+    def _prepare_text():
+        exists = rows_inside(padded, problem.size) if padded != problem.size else None
+        shown = rows_shown(problem, extras, exists)
+        for head in range(heads.count):
+            k = own_float(reader(k_ref, 0, heads), heads, head, padded, exists)
+            keys[head] = hide_keys(k, head, problem, extras, exists).astype(dtype)
+            values[head] = own_float(reader(v_ref, 0, heads), heads, head, padded, shown).astype(dtype)
+        dk_sum[...] = jnp.zeros_like(dk_sum)
+        dv_sum[...] = jnp.zeros_like(dv_sum)
+
+    exists = rows_inside(rows, queries, index * rows) if queries % rows else None
+    tiles = [None] * heads.tiles
+    for head in range(heads.count):
+        q = own_float(reader(q_ref, 0, heads), heads, head, rows, exists) * problem.scale
+        q = at_lane(q, heads.spare(head), 1.0).astype(dtype)
+        do = own_float(reader(do_ref, 0, heads), heads, head, rows, exists).astype(dtype)
+        weights, slope = transposed_slopes(keys[head], q, values[head], do)
+        dv_sum[head] += dot(weights, do)
+        dk_sum[head] += dot(slope, q)
+        heads.scatter(tiles, head, dot(slope, keys[head], COLUMNS_BY_COLUMNS) * (problem.scale / LOG2E))
+    _write(dq_ref, tiles)
+
+    @pl.when(index == pl.num_programs(1) - 1)
+    def _finish():
+        for ref, total, factor in ((dk_ref, dk_sum, 1 / LOG2E), (dv_ref, dv_sum, 1.0)):
+            tiles = [None] * heads.tiles
+            for head in range(heads.count):
+                heads.scatter(tiles, head, total[head] * factor)
+            _write(ref, tiles)
+
+
+def _write(ref, tiles):
+    for tile, x in enumerate(tiles):
+        ref[0, :, tile * LANES : (tile + 1) * LANES] = x.astype(ref.dtype)
