@@ -76,7 +76,8 @@ def test_deep_compression_autoencoder(shuffled):
 
 
 def named_by_mit(weights: dict[str, np.ndarray], shuffled: bool) -> dict[str, np.ndarray]:
-    """diffusers' names and layouts of DC-AE as those of its authors: q, k and v lie side by side in every head."""
+    """diffusers' names of DC-AE as those of its authors: its to_q, to_k and to_v are thirds of one tensor (each head has
+    its q, k and v side by side in it), its linear layers were 1 x 1 convolutions."""
     inner = {
         "attn.to_out.": "context_module.main.proj.conv.", "attn.norm_out.": "context_module.main.proj.norm.",
         "conv_out.conv_inverted.": "local_module.main.inverted_conv.conv.",
@@ -101,19 +102,13 @@ def named_by_mit(weights: dict[str, np.ndarray], shuffled: bool) -> dict[str, np
             named[place + "main." + rest.replace("conv.", nested)] = value
         elif rest == "attn.to_q.weight":
             qkv = [weights[name.replace("to_q", f"to_{part}")] for part in "qkv"]
-            named[place + "context_module.main.qkv.conv.weight"] = by_head(np.concatenate(qkv))[:, :, None, None]
+            named[place + "context_module.main.qkv.conv.weight"] = np.concatenate(qkv)[:, :, None, None]
         elif "to_qkv_multiscale" in rest:
             index = 0 if "proj_in" in rest else 1
             scale = rest.split(".")[2]
-            named[f"{place}context_module.main.aggreg.{scale}.{index}.weight"] = by_head(value)
+            named[f"{place}context_module.main.aggreg.{scale}.{index}.weight"] = value
         elif "to_k" not in rest and "to_v" not in rest:
             part = next(part for part in inner if rest.startswith(part))
             value = value[:, :, None, None] if part == "attn.to_out." else value
             named[place + rest.replace(part, inner[part], 1)] = value
     return named
-
-
-def by_head(value: np.ndarray, head: int = 32) -> np.ndarray:
-    """[3 * heads * 32, ...], all q before all k before all v → q, k, v of the first head, of the second, ..."""
-    parts = value.reshape(3, -1, head, *value.shape[1:])
-    return np.moveaxis(parts, 0, 1).reshape(value.shape)
