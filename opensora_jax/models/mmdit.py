@@ -18,7 +18,7 @@ from opensora_jax.kernels.attention import attention
 from opensora_jax.nn.embeddings import TimestepEmbedder
 from opensora_jax.nn.linear import Linear, fan_in_uniform, zeros
 from opensora_jax.nn.mlp import MLP, gelu_tanh
-from opensora_jax.nn.modulate import gate, modulate
+from opensora_jax.nn.modulate import gated, modulate
 from opensora_jax.nn.norms import LayerNorm, RMSNorm
 from opensora_jax.nn.positions import apply_rope_halves, apply_rope_interleaved, rope_angles
 from opensora_jax.nn.stack import run_stack, stack
@@ -139,8 +139,8 @@ class Stream(nnx.Module):
         return self.attn.project(modulate(self.norm(x), rows[0], rows[1]))
 
     def finish(self, x, attended, rows):
-        x = gate(x, self.attn.proj(attended), rows[2])
-        return gate(x, self.mlp(modulate(self.norm(x), rows[3], rows[4])), rows[5])
+        x = x + gated(self.attn.proj(attended), rows[2])
+        return x + gated(self.mlp(modulate(self.norm(x), rows[3], rows[4])), rows[5])
 
 
 class DoubleBlock(nnx.Module):
@@ -177,7 +177,7 @@ class SingleBlock(nnx.Module):
         self.norm = LayerNorm(width, affine=False)
 
     def __call__(self, x, vec, rotate):
-        shift, scale, gate_row = jnp.split(self.modulation(vec)[:, None], 3, -1)
+        shift, scale, gate = jnp.split(self.modulation(vec)[:, None], 3, -1)
         h = modulate(self.norm(x), shift, scale)
         if self.linear1 is not None:
             q, k, v, hidden = jnp.split(self.linear1(h), [self.width, 2 * self.width, 3 * self.width], -1)
@@ -187,7 +187,7 @@ class SingleBlock(nnx.Module):
         q, k, v = (_heads(part, self.heads) for part in (q, k, v))
         attended = _merge(attention(rotate(self.query_norm(q)), rotate(self.key_norm(k)), v))
         out = self.linear2(jnp.concatenate([attended, gelu_tanh(hidden)], -1))
-        return constrain(gate(x, out, gate_row), "batch", "tokens", None)
+        return constrain(x + gated(out, gate), "batch", "tokens", None)
 
 
 class FinalLayer(nnx.Module):

@@ -13,11 +13,6 @@ def modulate(x_normed, shift, scale):
     return y.astype(x_normed.dtype)
 
 
-def gate(x, update, factor):
-    """x + factor · update in float32."""
-    return (x.astype(jnp.float32) + update.astype(jnp.float32) * factor.astype(jnp.float32)).astype(x.dtype)
-
-
 def by_frame(generated, condition, x_mask):
     """Picks per frame between two [B, C] vectors: x_mask [B, T], True = generated. Returns [B, 1 or T, C]."""
     if x_mask is None:
