@@ -131,9 +131,12 @@ def frame_size(args) -> tuple[int | None, int | None]:
         return args.height, args.width
     if args.height or args.width:
         raise UserError("--resolution and --height/--width exclude each other")
-    from opensora_jax.common.aspect import size_of
+    from opensora_jax.common.aspect import image_size
 
-    return size_of(args.resolution, args.aspect_ratio)
+    try:
+        return image_size(args.resolution, args.aspect_ratio)
+    except ValueError as error:
+        raise UserError(f"--resolution/--aspect_ratio: {error}") from None
 
 
 def prepare(out: str):

@@ -28,7 +28,7 @@ class Workload:
 
 def workloads(cfg: RunConfig) -> list[Workload]:
     """Every bucket of the config that is ever used, largest first by latent volume a step."""
-    from opensora_jax.common.aspect import image_size
+    from opensora_jax.common.aspect import aspect_table
 
     data = cfg.data
     if not data.buckets:
@@ -39,7 +39,8 @@ def workloads(cfg: RunConfig) -> list[Workload]:
         for frames, (keep, clips) in rows.items():
             share = keep if isinstance(keep, (int, float)) else keep[0]
             if share and clips:
-                height, width = image_size(resolution, "9:16", data.bucket_version, multiple=data.size_multiple)
+                _, table = aspect_table(resolution, data.bucket_version, multiple=data.size_multiple)
+                height, width = max(table.values(), key=lambda size: size[0] * size[1])
                 found.append(Workload(f"{resolution} x {frames}", int(clips), int(frames), height, width))
     return sorted(found, key=lambda w: w.clips * w.frames * w.height * w.width, reverse=True)
 
