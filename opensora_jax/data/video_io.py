@@ -6,6 +6,7 @@ identical on every machine. Arrays are [T, H, W, 3] uint8 throughout.
 """
 
 import io
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ def resize(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def write_video(
-    path: str | Path | io.IOBase,
+    path: str | os.PathLike | io.IOBase,
     frames: np.ndarray,
     fps: float,
     *,
@@ -118,8 +119,11 @@ def write_video(
 
     import av
 
+    if "://" in str(path):  # an object store takes whole files
+        remote(path).write_bytes(encode_video(frames, fps, codec=codec, crf=crf, pix_fmt=pix_fmt))
+        return
     frames = _even(check_frames(frames))
-    target = str(path) if isinstance(path, str | Path) else path
+    target = str(path) if isinstance(path, str | os.PathLike) else path
     options = {"crf": str(crf)} if codec.startswith(("libx26", "libsvt", "libvpx")) else {}
     if codec == "libx265":
         options["x265-params"] = "log-level=none"
@@ -143,13 +147,22 @@ def encode_video(frames: np.ndarray, fps: float, **options) -> bytes:
     return buffer.getvalue()
 
 
-def write_gif(path: str | Path, frames: np.ndarray, fps: float) -> None:
+def write_gif(path: str | os.PathLike, frames: np.ndarray, fps: float) -> None:
     """An endlessly looping gif; times are whole hundredths of a second, which is all that gif can say."""
     from PIL import Image
 
     first, *rest = [Image.fromarray(frame) for frame in check_frames(frames)]
     milliseconds = max(20, round(100 / fps) * 10)
-    first.save(str(path), save_all=True, append_images=rest, duration=milliseconds, loop=0)
+    buffer = io.BytesIO()
+    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)
+    remote(path).write_bytes(buffer.getvalue())
+
+
+def remote(path):
+    """A path that may lie in an object store."""
+    from etils import epath
+
+    return epath.Path(path)
 
 
 def check_frames(frames: np.ndarray) -> np.ndarray:
