@@ -38,9 +38,9 @@ RULES: list[Rule] = [
 
 
 def recognise(shapes, config: dict) -> bool:
-    return (
-        len(shapes.get("encoder.down_blocks.0.resnets.0.conv1.weight", ())) == 4 and "decoder.conv_in.weight" in shapes
-    )
+    """Hunyuan's kernels have five axes; Stable Video Diffusion's decoder ends along time."""
+    first = shapes.get("encoder.down_blocks.0.resnets.0.conv1.weight", ())
+    return len(first) == 4 and "decoder.conv_in.weight" in shapes and "decoder.time_conv_out.weight" not in shapes
 
 
 def config_from(shapes, config: dict) -> dict:
