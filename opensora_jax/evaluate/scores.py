@@ -11,7 +11,7 @@ from opensora_jax.common.errors import UserError
 from opensora_jax.metrics import clip_score, fvd, lpips, psnr, ssim
 from opensora_jax.verify.case import load_network
 from opensora_jax.weights import lpips as lpips_weights
-from opensora_jax.weights.published import read_config, read_tensors
+from opensora_jax.weights.files import open_checkpoint
 
 
 class PerVideo:
@@ -64,7 +64,7 @@ def _ssim(args):
 def _lpips(args):
     tensors: dict = {}
     for path in args.lpips.split(","):
-        tensors |= read_tensors(path)
+        tensors |= _tensors(open_checkpoint(path))
     network, cfg = _network("models", "lpips", lpips_weights.joined(tensors), {}, f"--lpips={args.lpips}")
     spatial = cfg.net == "alex"  # as the published tables: the mean of a map of full size
     distance = jax.jit(lambda x, y: network(x, y, spatial=spatial))
@@ -72,7 +72,7 @@ def _lpips(args):
 
 
 def _fvd(args):
-    network, _ = _network("models", "i3d", read_tensors(args.i3d), {}, f"--i3d={args.i3d}")
+    network, _ = _network("models", "i3d", _tensors(open_checkpoint(args.i3d)), {}, f"--i3d={args.i3d}")
     lengths = range(fvd.MIN_FRAMES, args.num_frames + 1) if args.fvd_lengths == "mean" else (args.num_frames,)
     return FVD(jax.jit(network), lengths, args.fvd_convention, args.batch_size)
 
@@ -80,7 +80,8 @@ def _fvd(args):
 def _clip_score(args):
     from opensora_jax.text.tokenizers import load_tokenizer
 
-    tensors, told = read_tensors(args.clip), read_config(args.clip)
+    found = open_checkpoint(args.clip)
+    tensors, told = _tensors(found), found.config
     images, seen_as = _network("models", "clip_vision", tensors, told, f"--clip={args.clip}")
     texts, read_as = _network("text", "clip", tensors, told, f"--clip={args.clip}")
     tokenizer = load_tokenizer(Path(args.clip), max_length=read_as.max_position_embeddings)
@@ -107,6 +108,12 @@ def clip_pixels(frames: np.ndarray, size: int) -> np.ndarray:
         Image.fromarray(frame).resize(shape, Image.Resampling.BICUBIC) for frame in fvd.eight_bits(frames + 0.5 / 255)
     ]
     return np.stack([np.asarray(p)[top : top + size, left : left + size] for p in pictures]).astype(np.float32) / 255
+
+
+def _tensors(found) -> dict[str, np.ndarray]:
+    """All of a checkpoint; halves become float32, which is what evaluation computes in."""
+    arrays = {name: found.read(name) for name in found.shapes}
+    return {name: a if a.dtype.kind in "iub" else a.astype(np.float32) for name, a in arrays.items()}
 
 
 def _network(room: str, stem: str, tensors: dict, told: dict, flag: str):

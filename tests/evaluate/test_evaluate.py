@@ -140,7 +140,7 @@ def test_files_that_do_not_fit_are_named(folders, tmp_path):
     with pytest.raises(UserError, match="holds 1 videos and"):
         entry.main([f"--real={few}", f"--generated={folders / 'generated'}"])
     (tmp_path / "weights.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="not a readable safetensors"):
+    with pytest.raises(UserError, match="not a safetensors file"):
         entry.main(flags(folders, "--metrics=lpips", f"--lpips={tmp_path / 'weights.safetensors'}"))
     save_file({"a": np.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="no i3d checkpoint"):
