@@ -62,7 +62,8 @@ def stage(cls: type[Stage], argv: Sequence[str] | None = None) -> int:
         table = tables.read_input(args.input)
         steps = [Step(name, cls, config)]
         probe = find("probe")
-        lacking = [c for c in cls.inputs(config) if c not in table.column_names]
+        there = cls.prepare(table.slice(0, 0), config).column_names  # what the step adds for itself is not lacking
+        lacking = [c for c in cls.inputs(config) if c not in there]
         if lacking and cls is not probe:
             if not set(lacking) <= set(probe.columns_out):
                 raise UserError(f"{name} needs the column {lacking[0]}; --input has {', '.join(table.column_names)}")
