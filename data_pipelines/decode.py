@@ -67,7 +67,11 @@ class Encoder:
     def __init__(self, path: str, fps: float, *, codec: str = "libx264", crf: int = 18, preset: str = "medium"):
         self.container = av.open(path, "w", format="mp4", options={"movflags": "+faststart"})
         self.rate = Fraction(fps).limit_denominator(60060)
-        self.settings = codec, {"crf": str(crf), "preset": preset}
+        options = {"crf": str(crf), "preset": preset}
+        if codec == "libx264":
+            # x264's macroblock tree gives other bytes each time memory is reused (seen with PyAV 18, 2026-11-21).
+            options["x264-params"] = "mbtree=0"
+        self.settings = codec, options
         self.stream = None
         self.count, self.shape = 0, (0, 0)
 

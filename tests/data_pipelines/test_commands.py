@@ -73,7 +73,7 @@ def test_every_stage_says_what_it_reads_and_writes():
         (["--config=CURATE", "--config.scene_cut.max_second=3"], "no option max_second; did you mean max_seconds?"),
         (["--config=CURATE", "--config.scene_cutt.x=3"], "there is no step scene_cutt"),
         (["--config=CURATE", "--confg.x=3"], "unknown flag --confg.x=3"),
-        (["--config=CURATE", "--config.good.keep=('aes > 1',)"], "good needs the column aes"),
+        (["--config=CURATE", "--config.usable.keep=('aes > 1',)"], "usable needs the column aes"),
         (["--config=CURATE", "--config.ocr.frames=many"], "ocr.frames must be int, not 'many'"),
         (["--config=CURATE", "--config.flow.stage=flaw"], "no stage called flaw; did you mean flow?"),
     ],

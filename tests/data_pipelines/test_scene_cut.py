@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import synthetic
+from data_pipelines.decode import Encoder
 from data_pipelines.scene_cut import DETECTORS, STAGE, limited, scenes, without
 from opensora_jax.common.errors import UserError
 
@@ -73,3 +74,21 @@ def test_wrong_options_are_named():
         STAGE.check(config(detectors=("adaptive", "magic")))
     with pytest.raises(UserError, match="split or truncate"):
         STAGE.check(config(too_long="drop"))
+
+
+def test_bytes_depend_on_the_frames_alone(tmp_path):
+    """Also when threads encode side by side and reuse each other's memory, at the default preset."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    scenes = [list(synthetic.scene(41, 30, zoom=1.012)), list(synthetic.scene(42, 30, pan=(-2, 0)))]
+
+    def encoded(k):
+        path = tmp_path / f"{k}.mp4"
+        with Encoder(str(path), 24.0) as encoder:
+            for image in scenes[k % 2]:
+                encoder.add(image)
+        return path.read_bytes()
+
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(encoded, range(8)))
+    assert len(set(made[::2])) == len(set(made[1::2])) == 1
