@@ -32,6 +32,7 @@ from opensora_jax.kernels.tpu_lanes import (
 
 MAX_ROW = 128
 BLIND = -1e30
+TOGETHER = 4  # heads whose stages interleave: hides the latency of one behind the others
 VMEM_LIMIT = 100 << 20
 
 
@@ -278,21 +279,32 @@ def _forward_kernel(qkv_ref, extras, o_ref, *scratch, problem):
     block = _Block(problem, [qkv_ref], o_ref, scratch)
     dtype = o_ref.dtype
 
-    def body(index):
-        tiles = [None] * heads.tiles
-        for head in range(heads.count):
-            q, prepare = _prepared(block, extras, head, 0, index)
-            q = (prepare.forward(q) * _scale(problem)).astype(dtype)
+    def logits(index, head):
+        q, prepare = _prepared(block, extras, head, 0, index)
+        q = (prepare.forward(q) * _scale(problem)).astype(dtype)
+        if "norm" in extras or "rope" in extras:
             k, prepare = _prepared(block, extras, head, 1, index)
             k = prepare.forward(k).astype(dtype)
-            v = heads.gather(block.read(2, index), head)
-            v = jnp.where(heads.own(head, problem.rows), v, jnp.ones((), dtype))
-            scores = dot(q, k, ROWS_BY_ROWS) + extras["bias"][0]
-            peak = scores.max(-1, keepdims=True)
-            out = dot(jnp.exp2(scores - peak).astype(dtype), v)
-            total = out[:, heads.spare(head) : heads.spare(head) + 1]
-            seen = jnp.where(peak > BLIND / 2, 1.0 / jnp.maximum(total, TINY), 0.0)
-            heads.scatter(tiles, head, out * seen)
+        else:
+            k = heads.gather(block.read(1, index), head)  # foreign lanes meet zeros of q
+        return dot(q, k, ROWS_BY_ROWS) + extras["bias"][0]
+
+    def attended(index, head, weights, peak):
+        v = heads.gather(block.read(2, index), head)
+        v = jnp.where(heads.own(head, problem.rows), v, jnp.ones((), dtype))
+        out = dot(weights, v)
+        total = out[:, heads.spare(head) : heads.spare(head) + 1]
+        return out * jnp.where(peak > BLIND / 2, 1.0 / jnp.maximum(total, TINY), 0.0)
+
+    def body(index):
+        tiles = [None] * heads.tiles
+        for first in range(0, heads.count, TOGETHER):
+            group = range(first, min(first + TOGETHER, heads.count))
+            scores = [logits(index, head) for head in group]
+            peaks = [x.max(-1, keepdims=True) for x in scores]
+            weights = [jnp.exp2(x - peak).astype(dtype) for x, peak in zip(scores, peaks)]
+            for head, w, peak in zip(group, weights, peaks):
+                heads.scatter(tiles, head, attended(index, head, w, peak))
         for tile, x in enumerate(tiles):
             block.write(tile, index, x)
 
