@@ -99,3 +99,33 @@ def test_only_the_tokenizers_import_transformers():
 def test_importing_the_package_imports_no_jax():
     code = "import sys, opensora_jax; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_every_configuration_key_is_read():
+    """A key that nobody reads is a promise that nobody keeps."""
+    import dataclasses
+    import typing
+
+    from opensora_jax.training.run import RunConfig
+
+    def keys(cls):
+        for field, kind in typing.get_type_hints(cls).items():
+            yield field
+            if dataclasses.is_dataclass(kind):
+                yield from keys(kind)
+
+    nodes = [node for path in modules() for node in ast.walk(ast.parse(path.read_text()))]
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    by_name = {node.value for node in nodes if isinstance(node, ast.Constant)}  # getattr(config, "fsdp")
+    assert sorted(set(keys(RunConfig)) - read - by_name) == []
+
+
+def test_every_preset_has_weight_rules_and_a_row_in_the_docs():
+    from opensora_jax import convert
+
+    table = convert.tables()
+    page = (ROOT / "docs" / "models.md").read_text()
+    for stem, (room, _) in table.items():
+        module = __import__(f"opensora_jax.{room}.{stem}", fromlist=["PRESETS"])
+        missing = [preset for preset in module.PRESETS if f"`{preset}`" not in page]
+        assert not missing, f"docs/models.md lacks {missing}: tools/models writes it"
