@@ -89,6 +89,7 @@ def main(argv=None) -> int:
         cleanup.callback(loader.close)
         trainer.check_cursor(loader, cursor)
         frozen = assembly.frozen(layout) if trainer.needs_frozen(loader) else {}
+        frozen |= trainer.perceptual_params()
 
         # ---- step and loop ---------------------------------------------------------------------------------------
         step_fn = trainer.compile_step(tx, abstract)

@@ -5,6 +5,7 @@ Everything here follows from the configuration; nothing here loops.
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,9 @@ import numpy as np
 from opensora_jax import locate
 from opensora_jax.common.errors import UserError
 from opensora_jax.common.shapes import LatentShape
-from opensora_jax.config import to_plain
+from opensora_jax.config import part, to_plain
 from opensora_jax.parallel.shard import Layout, place_batch, shardings
-from opensora_jax.pipeline import Assembly, Pipeline, load_params, objective_of
+from opensora_jax.pipeline import Assembly, Pipeline, load_params, objective_of, read_json
 from opensora_jax.training import optimizer
 from opensora_jax.training.checkpoint import Checkpoints
 from opensora_jax.training.run import RunConfig
@@ -136,9 +137,29 @@ class Trainer:
 
     def loss_fn(self):
         if self.assembly.trained == "vae":
-            return self.system.reconstruction_loss(self.cfg.vae_loss)
+            return self.system.reconstruction_loss(self.cfg.vae_loss, self._perceptual())
         objective, objective_config = objective_of(self.cfg.objective)
         return self.system.diffusion_loss(objective, objective_config, self.cfg.text.dropout)
+
+    def _lpips(self):
+        """The perceptual network and its folder, when the config names one."""
+        folder = self.cfg.vae_loss.perceptual_weights
+        if not folder or self.assembly.trained != "vae":
+            return None
+        config = read_json(Path(folder) / "config.json")
+        return part("models", config, f"{folder}/config.json:").network(), Path(folder)
+
+    def _perceptual(self):
+        """LPIPS of every frame, for VAE training; None without converted weights."""
+        found = self._lpips()
+        if found is None:
+            return None
+        frames = lambda video: video.reshape(-1, *video.shape[2:])
+        return lambda params, ours, given: found[0](params, frames(ours), frames(given))
+
+    def perceptual_params(self) -> dict:
+        found = self._lpips()
+        return {"perceptual": load_params(found[1], found[0], self.layout)} if found else {}
 
     def compile_step(self, tx, abstract: dict):
         """The jitted update; it compiles once a bucket."""
