@@ -8,7 +8,7 @@ from flax import nnx
 
 from opensora_jax.nn.linear import Conv, Embed, Linear, normal, xavier
 from opensora_jax.nn.mlp import MLP
-from opensora_jax.nn.params import Buffer
+from opensora_jax.nn.params import Buffer, partition
 
 
 def timestep_sinusoid(t, dim: int = 256, max_period: float = 10000.0):
@@ -61,7 +61,8 @@ class CaptionEmbedder(nnx.Module):
         self.y_proj = MLP(
             text_dim, features, features, init=init or normal(0.02), dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
-        self.null = Buffer(jax.random.normal(rngs.params(), (tokens, text_dim), param_dtype) / math.sqrt(text_dim))
+        draw = partition(normal(1 / math.sqrt(text_dim)), None, "embed")
+        self.null = Buffer(draw(rngs.params(), (tokens, text_dim), param_dtype))
 
     def __call__(self, y, drop=None):
         """drop [B] bool replaces whole captions before projection; the mask stays that of the caption (as trained)."""

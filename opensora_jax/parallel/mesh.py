@@ -23,6 +23,9 @@ class MeshConfig:
 
 def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
     sizes = {axis: getattr(config, axis) for axis in ("slice", "data", "fsdp", "context", "tensor")}
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            raise UserError(f"config.mesh.{axis}={size} must be a positive number, or -1 for the devices that are left")
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     if len(free) > 1:
@@ -45,12 +48,21 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     sizes = axis_sizes(config, len(devices))
     kinds = (AxisType.Auto,) * len(sizes)
     if "slice" in sizes:
-        from jax.experimental import mesh_utils
-
-        inner = tuple(size for axis, size in sizes.items() if axis != "slice")
-        grid = mesh_utils.create_hybrid_device_mesh((1, *inner), (sizes["slice"], *[1] * len(inner)), devices)
-        return Mesh(grid, tuple(sizes), axis_types=kinds)
+        return Mesh(_joined(sizes, devices), tuple(sizes), axis_types=kinds)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
+
+
+def _joined(sizes: dict[str, int], devices) -> np.ndarray:
+    """Devices of each pod together, so that only the leading axis crosses the data-centre network."""
+    pods = len({getattr(device, "slice_index", 0) for device in devices})
+    if pods == 1:  # GPUs and CPUs know no pods: consecutive devices, which are those of consecutive machines
+        return np.asarray(devices).reshape(tuple(sizes.values()))
+    if pods != sizes["slice"]:
+        raise UserError(f"mesh: slice={sizes['slice']}, but {pods} pods are here; set config.mesh.slice={pods}")
+    from jax.experimental import mesh_utils
+
+    inner = tuple(size for axis, size in sizes.items() if axis != "slice")
+    return mesh_utils.create_hybrid_device_mesh((1, *inner), (sizes["slice"], *[1] * len(inner)), devices)
 
 
 def _describe(sizes) -> str:

@@ -1,42 +1,107 @@
-"""Starting JAX on one machine or many, and the few things that all processes must agree on."""
+"""Starting JAX on one machine or many, and the few things that all processes must agree on.
+
+`start()` reads the environment, in this order: COORDINATOR_ADDRESS, NUM_PROCESSES, PROCESS_ID (any launcher, and the
+JobSet of launch/); TPU pods; Open MPI; SLURM. docs/sharding.md, section Launch, lists them with the XLA flags.
+"""
 
 import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import jax
 import numpy as np
 
 from opensora_jax.common.errors import UserError
+from opensora_jax.parallel.rendezvous import roll_call
 
-MULTI_PROCESS = (
-    "SLURM_JOB_ID",
-    "OMPI_MCA_orte_hnp_uri",
-    "JOB_COMPLETION_INDEX",
-    "COORDINATOR_ADDRESS",
-    "TPU_WORKER_HOSTNAMES",
-)
+EXPLICIT = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
+TIMEOUT_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Peers:
+    """This process among its peers. No address: JAX asks the platform itself (TPU pods)."""
+
+    launcher: str
+    count: int
+    index: int | None = None
+    address: str | None = None
+    local_device: int | None = None  # where a launcher starts one process a GPU
+
+
+def peers(env: Mapping[str, str]) -> Peers | None:
+    """Who starts together, by the environment; None where this process is alone."""
+    given = [name for name in EXPLICIT if env.get(name)]
+    if "COORDINATOR_ADDRESS" in given:
+        absent = [name for name in EXPLICIT if name not in given]
+        if absent:
+            raise UserError(f"COORDINATOR_ADDRESS is set, but {' and '.join(absent)} is not; set all three")
+        found = Peers("environment", *_numbers(env, "NUM_PROCESSES", "PROCESS_ID"), env["COORDINATOR_ADDRESS"])
+    elif hosts := [name for name in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]:
+        slices = _numbers(env, "MEGASCALE_NUM_SLICES")[0] if env.get("MEGASCALE_NUM_SLICES") else 1
+        found = Peers("TPU pod", len(hosts) * slices)
+    elif "OMPI_COMM_WORLD_SIZE" in env:
+        count, index, local = _numbers(
+            env, "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"
+        )
+        if count > 1 and "OMPI_MCA_orte_hnp_uri" not in env:
+            raise UserError(
+                "Open MPI did not say where process 0 is; set COORDINATOR_ADDRESS, NUM_PROCESSES, PROCESS_ID"
+            )
+        found = Peers("Open MPI", count, index, local_device=local)
+    elif "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env:
+        count, index, job, local = _numbers(env, "SLURM_NTASKS", "SLURM_PROCID", "SLURM_JOB_ID", "SLURM_LOCALID")
+        port = 61440 + job % 4096  # each job of a machine its own
+        many = int(env.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0]) > 1
+        address = f"{first_host(env['SLURM_STEP_NODELIST'])}:{port}"
+        found = Peers("SLURM", count, index, address, local if many else None)
+    else:
+        return None
+    if found.index is not None and not 0 <= found.index < found.count:
+        raise UserError(f"{found.launcher}: process {found.index} of {found.count}; they count from 0")
+    return found if found.count > 1 else None
+
+
+def first_host(nodes: str) -> str:
+    """SLURM's node list: node[003-007,9],other → node003."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
+    if match is None:
+        raise UserError(f"SLURM_STEP_NODELIST={nodes!r} names no machine")
+    return match[1] + (match[2] or "")
 
 
 def start() -> None:
     """Joins the other processes where the environment says that there are some, else does nothing."""
     if jax.distributed.is_initialized():
         return
-    count = int(os.environ.get("NUM_PROCESSES", os.environ.get("SLURM_NTASKS", "1")))
-    hosts = [name for name in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
-    if count == 1 and len(hosts) < 2 and "OMPI_MCA_orte_hnp_uri" not in os.environ:
+    found = peers(os.environ)
+    if found is None:
         return
-    explicit = {}
-    if "COORDINATOR_ADDRESS" in os.environ:
-        explicit = {
-            "coordinator_address": os.environ["COORDINATOR_ADDRESS"],
-            "num_processes": count,
-            "process_id": int(os.environ["PROCESS_ID"]),
-        }
+    if (os.environ.get("JAX_PLATFORMS") or "").startswith("cpu"):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    seconds = int(os.environ.get("RENDEZVOUS_SECONDS", TIMEOUT_SECONDS))
+    if found.address and found.index is not None:
+        roll_call(found.address, found.count, found.index, seconds)
+    known = {}  # the rest JAX learns from the platform itself
+    if found.address:
+        known = {"coordinator_address": found.address, "num_processes": found.count, "process_id": found.index}
+    if found.local_device is not None:
+        known["local_device_ids"] = [found.local_device]
     try:
-        jax.distributed.initialize(**explicit, initialization_timeout=int(os.environ.get("RENDEZVOUS_SECONDS", "300")))
+        jax.distributed.initialize(**known, initialization_timeout=seconds)
     except Exception as error:
+        first = str(error).strip().splitlines()[0][:200]
         raise UserError(
-            f"the processes did not find each other ({error}); see docs/sharding.md, section Launch"
+            f"{found.launcher}: the {found.count} processes did not meet in {seconds} s ({first})"
         ) from None
+
+
+def _numbers(env: Mapping[str, str], *names: str) -> tuple[int, ...]:
+    for name in names:
+        if not env.get(name, "").isdigit():
+            raise UserError(f"{name}={env.get(name, '')!r} must be a number")
+    return tuple(int(env[name]) for name in names)
 
 
 def set_precision(name: str) -> None:
