@@ -16,6 +16,7 @@ from opensora_jax.kernels import attention as dispatch
 from opensora_jax.kernels import spec, stdit_gpu, stdit_tpu, xla
 from opensora_jax.kernels.sharded import over_mesh
 from opensora_jax.kernels.spec import Call, Unsupported
+from opensora_jax.parallel import shard
 
 FUSED: dict[str, ModuleType] = {"pallas_tpu": stdit_tpu, "pallas_gpu": stdit_gpu}
 PREFERENCE: dict[str, tuple[str, ...]] = {"tpu": ("pallas_tpu",)}  # fastest first, by platform
@@ -26,6 +27,9 @@ class _Anything:
     """Stands for the composed path at the end of the preference."""
 
     supports = staticmethod(lambda call: None)
+
+
+AXES = {"spatial": ("batch", "frames", None), "temporal": ("batch", None, "space")}
 
 
 def stdit_attention(
@@ -69,7 +73,7 @@ def stdit_attention(
     if fused is None:
         return composed(qkv_btsc, implementation=implementation, **static, **arrays)
     # What does not attend to each other is shared out: frames in spatial mode, positions in temporal mode.
-    axes = ("batch", "frames", None, None) if mode == "spatial" else ("batch", None, "space", None)
+    axes = (*AXES[mode], None)
     whole = {"q_scale": (None,), "k_scale": (None,), "rope": ((None, None),) * 2, "kv_mask": ("batch", None)}
     run = functools.partial(fused.stdit_attention, **static)
     return over_mesh(run, {"qkv_btsc": qkv_btsc, **arrays}, {"qkv_btsc": axes, **whole}, (b, t, s, c3 // 3), axes)
@@ -95,6 +99,8 @@ def _fused(call: Call, implementation: str | None) -> ModuleType | None:
 def composed(qkv_btsc, *, num_heads, mode, q_scale, k_scale, rope, norm_before_rope, kv_mask=None, implementation=None):
     """The same through XLA's split, norm and rotation and one of `attention`'s back ends."""
     b, t, s, c3 = qkv_btsc.shape
+    # Pinned, with its cotangent: left to propagation, the gradient of the projection misses devices of `context`.
+    qkv_btsc = shard.constrain(qkv_btsc, *AXES[mode], "heads")
     qkv = qkv_btsc.reshape(b, t, s, 3, num_heads, -1)
     if mode == "temporal":
         qkv = qkv.swapaxes(1, 2)
