@@ -6,6 +6,7 @@ GPU cluster; run again, it goes on where it was. `--config.dry_run=True` compile
 
 import contextlib
 import json
+import os
 import sys
 
 from opensora_jax import config
@@ -129,7 +130,7 @@ def writable(workdir):
     """The run's folder, or one sentence now rather than a traceback after an hour."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".writable"
+        probe = workdir / f".writable-{os.getpid()}"
         probe.write_text("")
         probe.unlink()
     except OSError as error:
