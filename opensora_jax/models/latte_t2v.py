@@ -44,7 +44,9 @@ class Config:
     depth: int = 28
     num_heads: int = 16
     caption_channels: int = 4096  # 0: no text
-    caption_tokens: int = 120  # rows of the stored null caption, which 1.0 carries and never uses
+    caption_tokens: int = (
+        120  # rows of the stored null caption, which 1.0 carries and never uses; 0: none, as in diffusers
+    )
     num_classes: int = 0  # labels added to the timestep; the class model of 1.0 cannot run, so this is ours
     class_drop: float = 0.1
     activation: str = "gelu-approximate"

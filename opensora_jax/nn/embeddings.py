@@ -62,11 +62,13 @@ class CaptionEmbedder(nnx.Module):
             text_dim, features, features, init=init or normal(0.02), dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
         draw = partition(normal(1 / math.sqrt(text_dim)), None, "embed")
-        self.null = Buffer(draw(rngs.params(), (tokens, text_dim), param_dtype))
+        self.null = Buffer(draw(rngs.params(), (tokens, text_dim), param_dtype)) if tokens else None
 
     def __call__(self, y, drop=None):
         """drop [B] bool replaces whole captions before projection; the mask stays that of the caption (as trained)."""
         if drop is not None:
+            if self.null is None:
+                raise ValueError("captions cannot be dropped: the network was built without a null caption")
             null = self.null[...].astype(y.dtype)
             null = null[jnp.arange(y.shape[-2]) % null.shape[0]]  # Open-Sora-Plan's has 120 rows for 300 tokens
             y = jnp.where(drop.reshape(-1, *[1] * (y.ndim - 1)), null, y)

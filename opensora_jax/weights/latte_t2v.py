@@ -70,7 +70,7 @@ def config_from(shapes, config: dict) -> dict:
         norm_affine="transformer_blocks.0.norm1.weight" in shapes,
     )
     if text:
-        found["caption_tokens"] = shapes["caption_projection.y_embedding"][0]
+        found["caption_tokens"] = shapes.get("caption_projection.y_embedding", (0,))[0]  # diffusers has no null caption
     if "class_embedder.embedding_table.weight" in shapes:
         found["num_classes"] = shapes["class_embedder.embedding_table.weight"][0] - 1
     ours = {"norm_eps": "norm_eps", "activation_fn": "activation", "video_length": "video_length"}
