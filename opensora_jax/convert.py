@@ -108,13 +108,13 @@ def listing() -> str:
 
 
 def from_reference(args) -> int:
-    from opensora_jax.weights import store
+    from opensora_jax.weights import layouts, store
     from opensora_jax.weights.engine import flatten, plan
     from opensora_jax.weights.files import open_checkpoint
 
     checkpoint = open_checkpoint(resolve(args.source), ema=args.ema)
     room, family = recognise(checkpoint.shapes, checkpoint.config, args.family, checkpoint.path)
-    checkpoint = checkpoint.joined(getattr(tables()[family][1], "JOINS", []))
+    checkpoint = checkpoint.joined(layouts.of(tables()[family][1], checkpoint.shapes, checkpoint.config))
     _, table, cfg, network = network_of(room, family, checkpoint.shapes, checkpoint.config, checkpoint.path)
     wanted = {path: tuple(leaf.shape) for path, leaf in flatten(network.abstract).items()}
     mapping = plan(checkpoint.shapes, wanted, table.RULES, str(checkpoint.path))
@@ -156,7 +156,8 @@ def keep_for_the_way_back(folder: Path, checkpoint, mapping) -> None:
     if mapping.dropped:
         specs = {name: (checkpoint.shapes[name], checkpoint.dtypes[name]) for name in mapping.dropped}
         store.write_safetensors(folder / f"{KEPT}.bin", specs, ((name, checkpoint.read(name)) for name in specs))
-    facts = {"prefix": checkpoint.prefix, "tied": mapping.tied, "config": checkpoint.config}
+    recipes = {name: recipe.plain() for name, recipe in checkpoint.recipes.items()}
+    facts = {"prefix": checkpoint.prefix, "tied": mapping.tied, "config": checkpoint.config, "recipes": recipes}
     (folder / f"{KEPT}.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
@@ -224,6 +225,7 @@ def resolve(source: str) -> Path:
 def to_reference(args) -> int:
     from opensora_jax.weights import store
     from opensora_jax.weights.engine import reference_arrays
+    from opensora_jax.weights.layouts import separated
 
     folder = Path(args.source)
     reader = store.Folder(folder)
@@ -237,13 +239,13 @@ def to_reference(args) -> int:
 
     shapes: dict = {}
     hollow = lambda path: store.hollow(reader.shapes[path], reader.dtype(path))
-    for name, array in reference_arrays(reader.shapes, hollow, table.RULES):
+    for name, array in separated(reference_arrays(reader.shapes, hollow, table.RULES), kept["recipes"]):
         shapes[name] = (array.shape, store_dtype(array))
     shapes |= {name: (kept["checkpoint"].shapes[name], kept["checkpoint"].dtypes[name]) for name in kept["names"]}
     shapes |= {name: (reader.shapes[path], reader.dtype(path).name) for name, path in kept["tied"]}
 
     def arrays():
-        for name, array in reference_arrays(reader.shapes, reader.read, table.RULES):
+        for name, array in separated(reference_arrays(reader.shapes, reader.read, table.RULES), kept["recipes"]):
             yield name, array.astype(store.numpy_dtype(shapes[name][1]), copy=False)
         yield from ((name, kept["checkpoint"].read(name)) for name in kept["names"])
         yield from ((name, reader.read(path)) for name, path in kept["tied"])
@@ -263,11 +265,14 @@ def to_reference(args) -> int:
 
 def read_kept(folder: Path) -> dict:
     from opensora_jax.weights.files import _open_safetensors
+    from opensora_jax.weights.layouts import Recipe
 
     facts = folder / f"{KEPT}.json"
-    known = json.loads(facts.read_text()) if facts.exists() else {"prefix": "", "tied": [], "config": {}}
+    known: dict = {"prefix": "", "tied": [], "config": {}, "recipes": {}}
+    known |= json.loads(facts.read_text()) if facts.exists() else {}
     tensors = folder / f"{KEPT}.bin"
     checkpoint = _open_safetensors(tensors, {}) if tensors.exists() else None
+    known["recipes"] = {name: Recipe.of(plain) for name, plain in known["recipes"].items()}
     return known | {"checkpoint": checkpoint, "names": list(checkpoint.shapes) if checkpoint else []}
 
 
@@ -276,6 +281,7 @@ def read_kept(folder: Path) -> dict:
 
 def check_manifests(files: list[str]) -> int:
     """Names and shapes of full-size checkpoints against our abstract networks; no weights, no memory."""
+    from opensora_jax.weights import layouts
     from opensora_jax.weights.engine import MappingError, flatten, plan
 
     failures = 0
@@ -289,6 +295,7 @@ def check_manifests(files: list[str]) -> int:
         settings = manifest.get("config") or {}
         label = manifest.get("model", Path(file).stem)
         room, family = recognise(shapes, settings | {"family": label}, None, file)
+        shapes = layouts.joined(shapes, layouts.of(tables()[family][1], shapes, settings)).shapes
         _, table, _, network = network_of(room, family, shapes, settings, file)
         wanted = {path: tuple(leaf.shape) for path, leaf in flatten(network.abstract).items()}
         try:

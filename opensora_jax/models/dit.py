@@ -43,6 +43,9 @@ class Config:
     class_dropout_prob: float = 0.1  # above 0 there is a null class
     no_temporal_pos_emb: bool = False
     caption_channels: int = 512
+    base_size: int = 0  # patches a side that positions are stretched to; 0: they are not
+    frequency_shift: int = 0  # diffusers spaces the timestep's frequencies over one interval less: 1
+    mlp_norm_eps: float = 1e-6
     remat: str = "none"
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -91,11 +94,14 @@ class DiT(nnx.Module):
         kwargs = dict(dtype=cfg.dtype, param_dtype=cfg.param_dtype, rngs=rngs)
         width = cfg.hidden_size
         self.x_embedder = PatchEmbed3D(cfg.patch_size, cfg.in_channels, width, **kwargs)
-        self.t_embedder = TimestepEmbedder(width, **kwargs)
+        self.t_embedder = TimestepEmbedder(width, frequency_shift=cfg.frequency_shift, **kwargs)
         self.y_embedder = self._y_embedder(kwargs)
-        block = lambda r: ConditionBlock(width, cfg.num_heads, cfg.mlp_ratio, **kwargs | {"rngs": r})
-        self.blocks = stack(block, cfg.depth, rngs=rngs)
+        self.blocks = stack(lambda r: self._block(kwargs | {"rngs": r}), cfg.depth, rngs=rngs)
         self.final_layer = AdaLNFinalLayer(width, math.prod(cfg.patch_size) * cfg.out_channels, **kwargs)
+
+    def _block(self, kwargs):
+        cfg = self.cfg
+        return ConditionBlock(cfg.hidden_size, cfg.num_heads, cfg.mlp_ratio, mlp_norm_eps=cfg.mlp_norm_eps, **kwargs)
 
     def _y_embedder(self, kwargs):
         cfg = self.cfg
@@ -110,7 +116,7 @@ class DiT(nnx.Module):
         frames, rows, columns = x.shape[1:4]
         tokens = tap("patches", self.x_embedder(x.astype(cfg.dtype)))  # [B, T, H', W', C]
         batch, length, grid_h, grid_w, dim = tokens.shape
-        tokens = tokens + grid_sincos((grid_h, grid_w), dim).astype(cfg.dtype)
+        tokens = tokens + grid_sincos((grid_h, grid_w), dim, base=cfg.base_size).astype(cfg.dtype)
 
         t_vec = tap("t_emb", self.t_embedder(t))
         condition, last = self._conditions(t_vec, y, drop_text)

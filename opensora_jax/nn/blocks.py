@@ -49,12 +49,12 @@ class TextBlock(nnx.Module):
 class ConditionBlock(nnx.Module):
     """Attention and MLP, modulated and gated by a projection of the condition that begins as zero (adaLN-Zero)."""
 
-    def __init__(self, width, heads, mlp_ratio, *, dtype, param_dtype, rngs):
+    def __init__(self, width, heads, mlp_ratio, *, mlp_norm_eps=1e-6, dtype, param_dtype, rngs):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.attn = SelfAttention(width, heads, **kwargs)
         self.mlp = MLP(width, int(width * mlp_ratio), **kwargs)
         self.norm1 = LayerNorm(width, affine=False)
-        self.norm2 = LayerNorm(width, affine=False)
+        self.norm2 = LayerNorm(width, eps=mlp_norm_eps, affine=False)
         self.modulation = Linear(width, 6 * width, ("embed", None), init=zeros, **kwargs)
 
     def __call__(self, x, condition, *, mode="spatial"):

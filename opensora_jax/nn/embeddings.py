@@ -11,10 +11,11 @@ from opensora_jax.nn.mlp import MLP
 from opensora_jax.nn.params import Buffer, partition
 
 
-def timestep_sinusoid(t, dim: int = 256, max_period: float = 10000.0):
-    """[..., dim] float32: cosines first, then sines (the reverse of the position tables)."""
+def timestep_sinusoid(t, dim: int = 256, max_period: float = 10000.0, shift: int = 0):
+    """[..., dim] float32: cosines first, then sines (the reverse of the position tables). With a shift of 1 the last
+    frequency is 1 / max_period itself."""
     half = dim // 2
-    frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
     angles = t.astype(jnp.float32)[..., None] * frequencies
     table = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
     return table if dim % 2 == 0 else jnp.pad(table, [(0, 0)] * (table.ndim - 1) + [(0, 1)])
@@ -23,14 +24,17 @@ def timestep_sinusoid(t, dim: int = 256, max_period: float = 10000.0):
 class TimestepEmbedder(nnx.Module):
     """A scalar in [0, 1000] → width, through a sinusoid and a two-layer SiLU network (mlp.0 and mlp.2)."""
 
-    def __init__(self, features, *, frequency_dim=256, init=None, init_out=None, dtype, param_dtype, rngs):
+    def __init__(
+        self, features, *, frequency_dim=256, frequency_shift=0, init=None, init_out=None, dtype, param_dtype, rngs
+    ):
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.frequency_dim, self.dtype = frequency_dim, jnp.dtype(dtype)
+        self.frequency_dim, self.frequency_shift, self.dtype = frequency_dim, frequency_shift, jnp.dtype(dtype)
         self.fc1 = Linear(frequency_dim, features, (None, "embed"), init=init or normal(0.02), **kwargs)
         self.fc2 = Linear(features, features, ("embed", None), init=init_out or init or normal(0.02), **kwargs)
 
     def __call__(self, t):
-        return self.fc2(jax.nn.silu(self.fc1(timestep_sinusoid(t, self.frequency_dim).astype(self.dtype))))
+        waves = timestep_sinusoid(t, self.frequency_dim, shift=self.frequency_shift)
+        return self.fc2(jax.nn.silu(self.fc1(waves.astype(self.dtype))))
 
 
 class SizeEmbedder(TimestepEmbedder):

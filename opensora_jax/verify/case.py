@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from opensora_jax.common.errors import UserError
 from opensora_jax.nn.params import Network, Params
-from opensora_jax.weights import engine
+from opensora_jax.weights import engine, layouts
 
 REQUIRED = ("case", "family", "config", "runs", "outputs")
 
@@ -102,9 +102,9 @@ def load_network(room: str, stem: str, weights: Mapping[str, np.ndarray], config
     """A network and its parameters from reference tensors in memory."""
     model = importlib.import_module(f"opensora_jax.{room}.{stem}")
     table = importlib.import_module(f"opensora_jax.weights.{stem}")
-    shapes, read, _ = engine.joined(
-        {n: a.shape for n, a in weights.items()}, weights.__getitem__, getattr(table, "JOINS", [])
-    )
+    found = {name: array.shape for name, array in weights.items()}
+    joined = layouts.joined(found, layouts.of(table, found, config))
+    shapes, read = joined.shapes, lambda name: joined.read(weights.__getitem__, name)
     cfg = model.Config(**(table.config_from(shapes, config) | overrides))
     network = Network.of(lambda rngs: model.build(cfg, rngs=rngs))
     wanted = {path: leaf.shape for path, leaf in engine.flatten(network.abstract).items()}

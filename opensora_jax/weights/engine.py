@@ -78,14 +78,14 @@ class Rule:
 
     @cached_property
     def source_pattern(self) -> re.Pattern:
-        return _pattern(self.source)
+        return pattern(self.source)
 
     @cached_property
     def target_pattern(self) -> re.Pattern:
-        return _pattern(_with_choices(self.target or "", self.source))
+        return pattern(_with_choices(self.target or "", self.source))
 
     def source_name(self, values: Mapping[str, str]) -> str:
-        return _named(self.source, values)
+        return named(self.source, values)
 
 
 def copy(source: str, target: str) -> Rule:
@@ -126,58 +126,6 @@ def within(source: str, target: str, rules: list[Rule]) -> list[Rule]:
         Rule(source + rule.source, None if rule.target is None else target + rule.target, rule.transform, rule.tied)
         for rule in rules
     ]
-
-
-@dataclass(frozen=True)
-class Join:
-    """How another publisher's tensors make one of the reference's: `combine`, along the first axis, in this order."""
-
-    target: str
-    sources: tuple[str, ...]
-    combine: Callable[[list[np.ndarray]], np.ndarray] = np.concatenate
-
-    def names(self, name: str) -> tuple[str, list[str]] | None:
-        """For a tensor that is the first source: the target's name, and the names of all sources."""
-        match = _pattern(self.sources[0]).fullmatch(name)
-        if match is None:
-            return None
-        return _named(self.target, match.groupdict()), [_named(s, match.groupdict()) for s in self.sources]
-
-
-def joins(target: str, *sources: str, combine: Callable = np.concatenate) -> list[Join]:
-    """A linear layer: weight and bias."""
-    kinds = ("weight", "bias")
-    return [Join(f"{target}.{kind}", tuple(f"{s}.{kind}" for s in sources), combine) for kind in kinds]
-
-
-def swapped(arrays: list[np.ndarray]) -> np.ndarray:
-    """Halves of the first axis in the other order."""
-    return np.concatenate(np.split(arrays[0], 2)[::-1])
-
-
-def joined(
-    found: Mapping[str, Shape], read: Callable[[str], np.ndarray], table: list[Join]
-) -> tuple[dict[str, Shape], Callable[[str], np.ndarray], dict[str, str]]:
-    """A checkpoint as if it had the reference's names: its shapes, how to read it, and by name the (first) tensor that
-    it comes from. What no join takes up keeps its name, so that a table of rules can say what does not fit."""
-    shapes, recipes, used = {}, {}, set()
-    for name in found:
-        for join in table:
-            target, sources = join.names(name) or (None, [])
-            if target is not None and all(source in found for source in sources):
-                shapes[target] = (sum(found[source][0] for source in sources), *found[name][1:])
-                recipes[target] = (join.combine, sources)
-                used |= set(sources)
-
-    def read_joined(name):
-        if name not in recipes:
-            return read(name)
-        combine, sources = recipes[name]
-        return combine([np.asarray(read(source)) for source in sources])
-
-    kept = {name: tuple(shape) for name, shape in found.items() if name not in used}
-    origins = {name: sources[0] for name, (_, sources) in recipes.items()} | {name: name for name in kept}
-    return shapes | kept, read_joined, origins
 
 
 @dataclass
@@ -277,12 +225,12 @@ def _rule_of(path: str, rules: list[Rule]) -> tuple[Rule, re.Match]:
     raise MappingError(f"no rule leads back from our parameter {path}")
 
 
-def _named(template: str, values: Mapping[str, str]) -> str:
+def named(template: str, values: Mapping[str, str]) -> str:
     return re.sub(r"\{(\w+)(?::[^}]*)?\}", lambda m: str(values[m[1]]), template)
 
 
 @cache
-def _pattern(template: str) -> re.Pattern:
+def pattern(template: str) -> re.Pattern:
     parts, seen = [], set()
     for piece in re.split(r"(\{[^}]*\})", template):
         if not piece.startswith("{"):

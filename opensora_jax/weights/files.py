@@ -9,13 +9,13 @@ Pickles are opened with weights_only, so that a file cannot run code; they need 
 import json
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from opensora_jax.common.errors import UserError
-from opensora_jax.weights import engine
+from opensora_jax.weights import layouts
 from opensora_jax.weights.store import DTYPES, numpy_dtype
 
 HEADER_LIMIT = 100 * 2**20
@@ -32,6 +32,7 @@ class Checkpoint:
     read: Callable[[str], np.ndarray]
     config: dict
     prefix: str = ""  # what was taken off before every name
+    recipes: dict = field(default_factory=dict)  # how tensors were joined to the reference's, by name
 
     def without(self, prefix: str) -> "Checkpoint":
         """The same tensors, their names without a prefix that all of them have."""
@@ -39,11 +40,13 @@ class Checkpoint:
         read = lambda name: self.read(prefix + name)
         return Checkpoint(self.path, cut(self.shapes), cut(self.dtypes), read, self.config, self.prefix + prefix)
 
-    def joined(self, joins: list[engine.Join]) -> "Checkpoint":
+    def joined(self, table: list[layouts.Join]) -> "Checkpoint":
         """The same tensors under the reference's names, where another publisher's layout has others."""
-        shapes, read, origins = engine.joined(self.shapes, self.read, joins)
-        dtypes = {name: self.dtypes[origin] for name, origin in origins.items()}
-        return Checkpoint(self.path, shapes, dtypes, read, self.config, self.prefix)
+        joined = layouts.joined(self.shapes, table)
+        shapes = joined.shapes
+        dtypes = {name: self.dtypes[joined.origin(name)] for name in shapes}
+        read = lambda name: joined.read(self.read, name)
+        return Checkpoint(self.path, shapes, dtypes, read, self.config, self.prefix, joined.recipes)
 
 
 def open_checkpoint(path, *, ema: bool = False) -> Checkpoint:

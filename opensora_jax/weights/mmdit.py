@@ -4,7 +4,8 @@ diffusers' transformer/ folder, whose tensors are joined to FLUX.1's own)."""
 from math import isqrt
 
 from opensora_jax.common.errors import UserError
-from opensora_jax.weights.engine import Join, Rule, copy, joins, linear, swapped
+from opensora_jax.weights.engine import Rule, copy, linear
+from opensora_jax.weights.layouts import SWAPPED, Join, joins, two_layers
 
 DOUBLE, OUR_DOUBLE = "double_blocks.{layer}.{stream:img|txt}_", "double_blocks/{stream}/"
 SINGLE, OUR_SINGLE = "single_blocks.{layer}.", "single_blocks/"
@@ -31,7 +32,7 @@ JOINS: list[Join] = [  # diffusers' FluxTransformer2DModel
     *joins("img_in", "x_embedder"),
     *joins("txt_in", "context_embedder"),
     *joins("final_layer.linear", "proj_out"),
-    *joins("final_layer.adaLN_modulation.1", "norm_out.linear", combine=swapped),  # scale before shift
+    *joins("final_layer.adaLN_modulation.1", "norm_out.linear", merge=SWAPPED),  # scale before shift
     *joins(_OUR_SINGLE + "modulation.lin", _SINGLE + "norm.linear"),
     *joins(
         _OUR_SINGLE + "linear1", *(f"{_SINGLE}{part}" for part in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
@@ -43,8 +44,7 @@ for _theirs, _part in (
     ("guidance_embedder", "guidance_in"),
     ("text_embedder", "vector_in"),
 ):
-    JOINS += joins(f"{_part}.in_layer", f"time_text_embed.{_theirs}.linear_1")
-    JOINS += joins(f"{_part}.out_layer", f"time_text_embed.{_theirs}.linear_2")
+    JOINS += two_layers(_part, f"time_text_embed.{_theirs}", "in_layer", "out_layer")
 for _stream, _norm, _qkv, _out, _mlp, _qk in (
     ("img", "norm1", "to_{}", "to_out.0", "ff", "norm_{}"),
     ("txt", "norm1_context", "add_{}_proj", "to_add_out", "ff_context", "norm_added_{}"),
@@ -65,6 +65,10 @@ AXES = {128: (16, 56, 56)}  # the released head; others must say
 
 def recognise(shapes, config: dict) -> bool:
     return "double_blocks.0.img_mod.lin.weight" in shapes or "single_transformer_blocks.0.proj_mlp.weight" in shapes
+
+
+def layout(shapes, config: dict) -> list[Join]:
+    return JOINS
 
 
 def config_from(shapes, config: dict) -> dict:

@@ -13,7 +13,7 @@ from opensora_jax.common.shapes import LatentShape
 from opensora_jax.models import mmdit
 from opensora_jax.nn.params import Network
 from opensora_jax.verify.case import Case
-from opensora_jax.weights import engine
+from opensora_jax.weights import layouts
 from opensora_jax.weights import mmdit as table
 from tests.checks import check_case, check_manifest, check_round_trip, existing, random_params
 
@@ -137,11 +137,13 @@ def test_names_of_diffusers_are_joined():
     theirs = {f"single_transformer_blocks.7.{part}.bias": np.full(2, i, np.float32) for part, i in split.items()}
     theirs |= {"norm_out.linear.weight": np.arange(8.0).reshape(4, 2), "unheard.of": np.zeros(3)}
     shapes = {name: array.shape for name, array in theirs.items()}
-    found, read, origins = engine.joined(shapes, theirs.__getitem__, table.JOINS)
+    joined = layouts.joined(shapes, table.JOINS)
     linear1, last = "single_blocks.7.linear1.bias", "final_layer.adaLN_modulation.1.weight"
-    assert found == {linear1: (8,), last: (4, 2), "unheard.of": (3,)}
-    assert origins[linear1] == "single_transformer_blocks.7.attn.to_q.bias" and origins["unheard.of"] == "unheard.of"
+    assert joined.shapes == {linear1: (8,), last: (4, 2), "unheard.of": (3,)}
+    assert joined.origin(linear1) == "single_transformer_blocks.7.attn.to_q.bias"
+    assert joined.origin("unheard.of") == "unheard.of"
+    read = lambda name: joined.read(theirs.__getitem__, name)
     np.testing.assert_array_equal(read(linear1), [0, 0, 1, 1, 2, 2, 3, 3])
     np.testing.assert_array_equal(read(last), [[4, 5], [6, 7], [0, 1], [2, 3]])
     del shapes["single_transformer_blocks.7.attn.to_v.bias"]
-    assert linear1 not in engine.joined(shapes, theirs.__getitem__, table.JOINS)[0]
+    assert linear1 not in layouts.joined(shapes, table.JOINS).shapes

@@ -14,13 +14,18 @@ def weights_of(model, seed: int = 0) -> dict[str, np.ndarray]:
             scale = 0.2 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     model.eval()
+    return tensors(model)
+
+
+def tensors(model) -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in model.state_dict().items()}
 
 
-def ours(model, room: str, stem: str, config: dict | None = None, **overrides):
-    """Our network and parameters from the model's weights; config: what its config.json would say."""
+def ours(model, room: str, stem: str, config: dict | None = None, weights: dict | None = None):
+    """Our network and parameters from the model's weights, which are drawn unless they are given; config: what its
+    config.json would say."""
     known = dict(getattr(model, "config", {}) or {}) if config is None else config
-    net, params, _ = load_network(room, stem, weights_of(model), known, **overrides)
+    net, params, _ = load_network(room, stem, weights_of(model) if weights is None else weights, known)
     return net, params
 
 
