@@ -79,6 +79,8 @@ class CaptionLocal(Stage):
             ).to(self.model.device)
             made = self.model.generate(**inputs, max_new_tokens=config.max_tokens, do_sample=False)
         text = self.processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
+        if not text:
+            raise ValueError("the model answered nothing")
         return {"text": text, "caption_model": config.model}
 
 

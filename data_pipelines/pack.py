@@ -73,7 +73,7 @@ class Pack(Stage):
 
         shard = f"{self.config.name}-{files.digest(*(row['id'] for row in rows))}"
         files.remove(files.join(self.config.folder, f"{shard}-00000.json"))  # of a run that died before it could say so
-        made = []
+        made, written = [], 0
         with ShardWriter(self.config.folder, records_per_shard=len(rows) + 1, prefix=shard) as writer:
             for row in rows:
                 try:
@@ -81,7 +81,8 @@ class Pack(Stage):
                 except (OSError, UserError) as error:
                     made.append({"id": row["id"], "error": str(error)})
                     continue
-                made.append({"id": row["id"], "shard": f"{shard}-00000.array_record", "record": len(made)})
+                made.append({"id": row["id"], "shard": f"{shard}-00000.array_record", "record": written})
+                written += 1
         return made
 
     @classmethod

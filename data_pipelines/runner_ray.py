@@ -22,6 +22,7 @@ from data_pipelines.stage import Batch, Resources, Stage
 from opensora_jax.common.errors import UserError
 
 WAIT_SECONDS = 180
+STARTS = 3  # of a cluster of our own
 TRIES = 3  # of a batch that cannot be divided (a shard) and whose worker dies
 
 
@@ -84,12 +85,19 @@ def connect(address: str | None) -> None:
     # Logical CPUs: with fewer than about eight, Ray Data's own helpers and our actors can wait for each other for ever.
     root = str(Path(__file__).parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    ray.init(
-        num_cpus=max(8, os.cpu_count() or 1),
-        include_dashboard=False,
-        runtime_env={"env_vars": {"PYTHONPATH": path}},
-        **quiet,
-    )
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(
+                num_cpus=max(8, os.cpu_count() or 1),
+                include_dashboard=False,
+                runtime_env={"env_vars": {"PYTHONPATH": path}},
+                **quiet,
+            )
+            return
+        except Exception as error:  # Ray gives a node 30 s, which a busy machine may need more than once
+            ray.shutdown()
+            if not left:
+                raise UserError(f"Ray does not start on this machine ({error}); --runner=local needs none") from error
 
 
 def run(stage: type[Stage], config: Any, work: Iterable[pa.Table], folder: str, workers: int | None) -> Iterator[dict]:

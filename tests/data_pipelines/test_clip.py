@@ -2,14 +2,17 @@
 
 import itertools
 import json
+import string
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from data_pipelines import pipeline, synthetic
-from data_pipelines.clip import SHARED, Clip, preprocess, text_states
+from data_pipelines.clip import SHARED, Clip, preprocess, text_features, text_states
+from data_pipelines.decode import frames_at
 from data_pipelines.pipeline import Options
 from opensora_jax.common.errors import UserError
 from tests.data_pipelines.steps import step
@@ -65,7 +68,17 @@ def folder(tmp_path_factory):
             f"layers.{k}.bias": np.ones(b, np.float32),
         }
     save_file(head, path / "head.safetensors")
+    write_tokenizer(path)
     return path
+
+
+def write_tokenizer(path):
+    """A vocabulary of letters: words are spelt. The end of text has the largest id, as in CLIP's own."""
+    letters = string.ascii_lowercase
+    words = [*letters, *(f"{letter}</w>" for letter in letters)]
+    vocabulary = {word: number for number, word in enumerate(words)} | {"<|startoftext|>": 62, "<|endoftext|>": 63}
+    (path / "vocab.json").write_text(json.dumps(vocabulary))
+    (path / "merges.txt").write_text("#version: 0.2\n")
 
 
 def test_text_tower_on_recorded_activations(goldens):
@@ -92,13 +105,32 @@ def test_stages_score_by_the_weights_alone(folder, tmp_path):
     made = pipeline.run([plan], table, Options(str(tmp_path / "o"), quiet=True))
     clip = Clip(str(folder))
     from data_pipelines.aesthetic import STAGE
-    from data_pipelines.decode import frames_at
 
     vectors = clip.images(list(frames_at(paths[1], [2, 12, 21], longer=640)))
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     assert made["aes"][1].as_py() == pytest.approx(STAGE(plan.config).score(vectors).mean(), abs=1e-4)
     assert np.allclose(made["clip_embedding"][1].as_py(), vectors.mean(axis=0), atol=1e-3)
     assert len(set(made["aes"].to_pylist())) == 3
+
+
+def test_match_is_the_logit_of_caption_and_middle_frame(folder, tmp_path):
+    synthetic.plain(str(tmp_path / "v"), 3)
+    paths = [*(str(p) for p in sorted((tmp_path / "v").iterdir())), str(tmp_path / "gone.mp4")]
+    texts = ["a hill", "two cats on a very long mat", None, "nothing"]
+    table = pa.table({"id": list("abcd"), "path": paths, "num_frames": [24] * 4, "text": texts})
+    output = Options(str(tmp_path / "o"), quiet=True)
+    made = {r["id"]: r["match"] for r in pipeline.run([step("match", clip_path=str(folder))], table, output).to_pylist()}
+    assert made.keys() == set("abc") and made["c"] is None, "no caption, no score; a lost file is an error of its row"
+    rejected = pq.read_table(tmp_path / "o" / "rejected" / "00_match.parquet").to_pylist()
+    assert [row["id"] for row in rejected] == ["d"] and "gone.mp4" in rejected[0]["error"]
+    clip = Clip(str(folder))
+    weights = {name: value for name, value in clip.weights.items() if name.startswith("text")}
+    spelt = {"a": [62, 26, 7, 8, 11, 37, 63, 63, 63, 63, 63, 63], "b": [62, 19, 22, 40, 2, 0, 19, 44, 14, 39, 26, 63]}
+    for name, ids in spelt.items():
+        text = np.asarray(text_features(weights, np.array([ids]), clip.text))[0]
+        image = clip.images(list(frames_at(paths["ab".index(name)], [12], longer=640)))[0]
+        cosine = text @ image / np.linalg.norm(text)
+        assert made[name] == pytest.approx(clip.logit_scale * cosine, abs=1e-4)
 
 
 @pytest.mark.parametrize("stage, flag", [("aesthetic", "clip_path"), ("match", "clip_path")])
