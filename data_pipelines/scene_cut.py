@@ -201,12 +201,57 @@ class Gradual:
         return spans
 
 
+class Adaptive:
+    """PySceneDetect's AdaptiveDetector (a change counts when it stands out from the two before and the two after), but
+    frames that repeat the one before, as clips of variable rate have when made constant, are not among those four:
+    beside their zeros every step of a moving picture would stand out. A still held as long as a scene is no repeat.
+    """
+
+    repeat = 0.15  # of the change in question: below it a frame repeats the one before
+
+    def __init__(self, config):
+        from scenedetect import ContentDetector
+
+        self.config = config
+        self.content = ContentDetector(threshold=255.0, min_scene_len=0)
+        self.changes: list[float] = []
+
+    def process_frame(self, code, image) -> list:
+        self.content.process_frame(code, image)
+        self.changes.append(self.content._frame_score or 0.0)
+        return []
+
+    def post_process(self, code) -> list:
+        config, changes, cuts = self.config, self.changes, [0]
+        for number in range(2, len(changes) - 2):
+            change = changes[number]
+            if change < config.min_content or number - cuts[-1] < config.min_scene_frames:
+                continue
+            beside = [*self.beside(number, -1), *self.beside(number, 1)]
+            usual = sum(beside) / len(beside) if beside else 0.0
+            if change >= config.adaptive_threshold * usual:
+                cuts.append(number)
+        return [code + (number - code.frame_num) for number in cuts[1:]]
+
+    def beside(self, number: int, step: int) -> list[float]:
+        """The two changes next to this one, repeats left out: zeros where the picture stands still, fewer at an end."""
+        found, gap, place = [], 0, number + step
+        while 0 < place < len(self.changes) and len(found) < 2:
+            repeats = self.changes[place] < self.repeat * self.changes[number]
+            gap = gap + 1 if repeats else 0
+            if gap == self.config.min_scene_frames:
+                return [*found, 0.0, 0.0][:2]
+            found += [] if repeats else [self.changes[place]]
+            place += step
+        return found
+
+
 def detector(name: str, config):
-    from scenedetect import AdaptiveDetector, ContentDetector, HashDetector, HistogramDetector, ThresholdDetector
+    from scenedetect import ContentDetector, HashDetector, HistogramDetector, ThresholdDetector
 
     least = config.min_scene_frames
     if name == "adaptive":
-        return AdaptiveDetector(config.adaptive_threshold, min_scene_len=least, min_content_val=config.min_content)
+        return Adaptive(config)
     if name == "content":
         return ContentDetector(config.content_threshold, min_scene_len=least)
     if name == "hash":

@@ -119,7 +119,9 @@ def test_match_is_the_logit_of_caption_and_middle_frame(folder, tmp_path):
     texts = ["a hill", "two cats on a very long mat", None, "nothing"]
     table = pa.table({"id": list("abcd"), "path": paths, "num_frames": [24] * 4, "text": texts})
     output = Options(str(tmp_path / "o"), quiet=True)
-    made = {r["id"]: r["match"] for r in pipeline.run([step("match", clip_path=str(folder))], table, output).to_pylist()}
+    made = {
+        r["id"]: r["match"] for r in pipeline.run([step("match", clip_path=str(folder))], table, output).to_pylist()
+    }
     assert made.keys() == set("abc") and made["c"] is None, "no caption, no score; a lost file is an error of its row"
     rejected = pq.read_table(tmp_path / "o" / "rejected" / "00_match.parquet").to_pylist()
     assert [row["id"] for row in rejected] == ["d"] and "gone.mp4" in rejected[0]["error"]

@@ -42,6 +42,43 @@ def test_moving_pictures_are_no_dissolves(name, corpus):
     assert spans == [(0, 36)]
 
 
+def repeated(images, pattern):
+    """Frame k of a moving picture is shown pattern[k % len(pattern)] times, as when a variable rate is made constant."""
+    return [image for k, image in enumerate(images) for _ in range(pattern[k % len(pattern)])]
+
+
+@pytest.mark.parametrize("pattern", [(1,), (2,), (3,), (1, 1, 1, 3), (4, 1, 2), (6,)], ids=str)
+def test_repeated_frames_are_no_cuts(pattern, tmp_path):
+    first, second = list(synthetic.scene(51, 24, pan=(3, 1))), list(synthetic.scene(52, 24, pan=(-3, 1)))
+    path = str(tmp_path / "repeated.mp4")
+    synthetic.written(path, [*repeated(first, pattern), *repeated(second, pattern)], crf=23)
+    _, spans = scenes(path, 24.0, config())
+    middle = len(repeated(first, pattern))
+    assert spans == [(0, middle), (middle, 2 * middle)]
+
+
+def test_stills_that_last_as_long_as_a_scene_are_scenes(tmp_path):
+    path = str(tmp_path / "slides.mp4")
+    synthetic.written(path, repeated([next(synthetic.scene(60 + k, 1)) for k in range(5)], (9,)), crf=23)
+    _, spans = scenes(path, 24.0, config())
+    assert spans == [(9 * k, 9 * k + 9) for k in range(5)]
+
+
+def test_without_repeats_the_rule_is_that_of_pyscenedetect(corpus):
+    import cv2
+    from scenedetect import AdaptiveDetector, FrameTimecode
+
+    from data_pipelines.decode import stream
+
+    for file in ("cuts_a.mp4", "cuts_b.mp4", "pan_right.mp4"):
+        theirs, found = AdaptiveDetector(3.0, min_scene_len=8, min_content_val=4.0), []
+        for number, (_, image) in enumerate(stream(os.path.join(corpus[0], file), longer=256)):
+            image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+            found += theirs.process_frame(FrameTimecode(number, 24.0), image)
+        _, spans = scenes(os.path.join(corpus[0], file), 24.0, config(min_content=4.0))
+        assert [a for a, _ in spans[1:]] == [cut.frame_num for cut in found], file
+
+
 def test_margins_stay_inside(corpus):
     _, spans = scenes(os.path.join(corpus[0], "cuts_a.mp4"), 24.0, config(margin_frames=2))
     assert spans == [(0, 28), (32, 71), (75, 100)]
