@@ -242,13 +242,16 @@ def to_reference(args) -> int:
     for name, array in separated(reference_arrays(reader.shapes, hollow, table.RULES), kept["recipes"]):
         shapes[name] = (array.shape, store_dtype(array))
     shapes |= {name: (kept["checkpoint"].shapes[name], kept["checkpoint"].dtypes[name]) for name in kept["names"]}
-    shapes |= {name: (reader.shapes[path], reader.dtype(path).name) for name, path in kept["tied"]}
+    again = {name: tied_of(name, table.RULES).back for name, _ in kept["tied"]}
+    shared = {name: again[name](hollow(path)) for name, path in kept["tied"]}
+    shapes |= {name: (array.shape, store_dtype(array)) for name, array in shared.items()}
 
     def arrays():
         for name, array in separated(reference_arrays(reader.shapes, reader.read, table.RULES), kept["recipes"]):
             yield name, array.astype(store.numpy_dtype(shapes[name][1]), copy=False)
         yield from ((name, kept["checkpoint"].read(name)) for name in kept["names"])
-        yield from ((name, reader.read(path)) for name, path in kept["tied"])
+        for name, path in kept["tied"]:
+            yield name, again[name](reader.read(path)).astype(store.numpy_dtype(shapes[name][1]), copy=False)
 
     target = fresh_folder(args.to)
     prefixed = {kept["prefix"] + name: spec for name, spec in shapes.items()}
@@ -261,6 +264,11 @@ def to_reference(args) -> int:
     target.finish()
     print(f"{family}: {len(shapes)} tensors under the reference's names → {args.to}")
     return 0
+
+
+def tied_of(name: str, rules):
+    """The transform of a tensor that is another's under a second name."""
+    return next(rule.transform for rule in rules if rule.tied and rule.source_pattern.fullmatch(name))
 
 
 def read_kept(folder: Path) -> dict:

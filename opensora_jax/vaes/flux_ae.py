@@ -4,7 +4,10 @@ Diffusion's architecture with 16 channels and without quantisation convolutions,
 Checkpoint: ae.safetensors (flux1-dev-ae.safetensors), or diffusers' vae/ folder, which vaes/sd_vae.py reads.
 """
 
-from opensora_jax.vaes.sd_vae import Config, build, inputs, latent_size
+from flax import nnx
+
+from opensora_jax.vaes import sd_vae
+from opensora_jax.vaes.sd_vae import Config, inputs, latent_size
 
 __all__ = ["PRESETS", "REPOSITORIES", "Config", "build", "inputs", "latent_size"]
 
@@ -14,3 +17,7 @@ PRESETS = {
     )
 }
 REPOSITORIES = {"flux-ae": "black-forest-labs/FLUX.1-dev"}
+
+
+def build(cfg: Config, *, rngs: nnx.Rngs):
+    return sd_vae.build(cfg, rngs=rngs)
