@@ -13,18 +13,16 @@ import argparse
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
-CHIPS = {  # topology, clock, bytes per second
-    "v5e": ("v5e:1x1", 1.5e9, 819e9),
-    "v5p": ("v5p:1x1x1", 1.75e9, 2765e9),
-    "v6e": ("v6e:1x1", 1.75e9, 1640e9),
-}
+from opensora_jax.plan import chips
+from opensora_jax.plan.bundles import read_schedule
+from opensora_jax.plan.libtpu import QUIET, dump_to
+
+CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1"}  # the topology of one
 REPRESENTATIVE = (
     "v1.0 spatial 64x512",
     "v1.2 spatial 360p",
@@ -33,45 +31,6 @@ REPRESENTATIVE = (
     "v1.0 temporal T=64",
     "v1.2 temporal T=30 480p",
 )
-BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*((?:> ?)*)\{")
-EXIT = re.compile(r"scmp\.ge\.s32\.totalorder \S+ (\d+) /\* loop exit test")
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Of one kernel: bundles of a grid step outside inner loops, of an inner loop's body, its trips, and of the first
-    conditional region (work done once a row)."""
-
-    step: int
-    inner: int
-    trips: int
-    once: int
-    spill_share: float
-
-    def cycles(self, steps: int, steps_per_row: int) -> float:
-        """Over the whole grid, if the first conditional region runs once in `steps_per_row` steps."""
-        return steps * (self.step + self.inner * self.trips - self.once * (1 - 1 / steps_per_row))
-
-
-def read_schedule(bundles: str, utilization: str = "") -> Schedule:
-    """From the text of *final_bundles.txt and of *final_hlo-static-per-bundle-utilization.txt."""
-    depth, trips, first_region, position = {}, {}, None, 0
-    for line in bundles.splitlines():
-        match = BUNDLE.match(line)
-        if not match:
-            continue
-        position += 1
-        level = match.group(2).count(">")
-        depth[level] = depth.get(level, 0) + 1
-        if match.group(1) == "PF" and first_region is None and level == 1:
-            first_region = position
-        exit_test = EXIT.search(line)
-        if exit_test:
-            trips[level] = int(exit_test.group(1))
-    rows = [list(map(int, line.split())) for line in utilization.splitlines() if re.fullmatch(r"(\d+ ?){11}", line)]
-    spills = sum(row[9] for row in rows) / max(len(rows), 1)
-    once = first_region or 0
-    return Schedule(depth.get(1, 0), depth.get(2, 0), trips.get(2, 1), once if once > 500 else 0, spills)
 
 
 def compile_case(name: str, chip: str, backward: bool) -> None:
@@ -94,7 +53,7 @@ def compile_case(name: str, chip: str, backward: bool) -> None:
     if backward:
         forward = run
         run = lambda x: jax.vjp(forward, x)[1](x[..., : x.shape[-1] // 3])
-    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip][0]).devices[0]
+    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices[0]
     place = SingleDeviceSharding(device)
     with spec.target(chip):
         traced = jax.jit(run, in_shardings=place, out_shardings=place).trace(shape)
@@ -104,9 +63,7 @@ def compile_case(name: str, chip: str, backward: bool) -> None:
 def estimate(case, chip: str, backward: bool) -> dict:
     """Milliseconds of the kernel and of its memory floor on one chip."""
     with tempfile.TemporaryDirectory() as folder:
-        quiet = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-        quiet |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-        quiet["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        quiet = QUIET | {"TPU_LOG_DIR": folder, "LIBTPU_INIT_ARGS": dump_to(folder)}
         command = [sys.executable, "-m", "benchmarks.tpu_schedule", "--compile", case.name, "--chips", chip]
         command += ["--backward"] * backward
         done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True, timeout=1800)
@@ -118,7 +75,7 @@ def estimate(case, chip: str, backward: bool) -> dict:
         )
         utilization = files.get("utilization.txt")
         schedule = read_schedule(bundles.read_text(), utilization.read_text() if utilization else "")
-    _, clock, bandwidth = CHIPS[chip]
+    clock, bandwidth = chips.CHIPS[chip].clock, chips.CHIPS[chip].bandwidth
     steps, per_row = grid(case, backward)
     floor = case.bytes() * (7 / 4 if backward else 1) / bandwidth * 1e3
     kernel = schedule.cycles(steps, per_row) / clock * 1e3
@@ -144,7 +101,7 @@ def report(arguments) -> int:
         return 0
     from benchmarks.attention import real_cases
 
-    chips = getattr(arguments, "chips", None) or ["v6e", "v5e"]
+    wanted = getattr(arguments, "chips", None) or ["v6e", "v5e"]
     everything = getattr(arguments, "all", False)
     records = []
     print("| case | pass | chip | kernel ms (ESTIMATE) | memory floor ms | ratio | spills of store slots |")
@@ -152,7 +109,7 @@ def report(arguments) -> int:
     for case in real_cases():
         if not case.fused or arguments.cases not in case.name or not (everything or case.name in REPRESENTATIVE):
             continue
-        for chip in chips:
+        for chip in wanted:
             for backward in (False, True) if everything else (False,):
                 record = estimate(case, chip, backward)
                 stage = "backward" if backward else "forward"

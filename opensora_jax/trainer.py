@@ -226,18 +226,21 @@ def abstract_batch(trainer: Trainer, rows: int, frames: int, height: int, width:
     """Shapes of a global batch, for compiling without data."""
     size = trainer.system.latent_size(frames, height, width) if trainer.system.vae is not None else None
     arrays = dict.fromkeys(("fps", "height", "width", "num_frames"), ((rows,), jnp.float32))
-    if latents and size is not None:
-        channels = trainer.system.denoiser.config.in_channels
-        arrays["latents"] = ((rows, *size, channels), jnp.float32)
-    else:
-        arrays["video"] = ((rows, frames, height, width, 3), jnp.float32)
+    length = trainer.cfg.text.max_length
+    given = {}
     if trainer.assembly.trained == "denoiser":
-        length = trainer.cfg.text.max_length
+        denoiser = trainer.system.denoiser
+        given = denoiser.module.inputs(denoiser.config, LatentShape(rows, *(size or (frames, height, width)), length))
         arrays["x_mask"] = ((rows, size[0] if size else frames), jnp.bool_)
         arrays["text_mask"] = ((rows, length), jnp.int32)
-        if latents or trainer.system.text_encoder is None:
-            arrays["text_emb"] = ((rows, length, trainer.system.denoiser.config.caption_channels), jnp.float32)
-        else:
+    if latents and size is not None:
+        arrays["latents"] = (given["x"].shape, jnp.float32)
+    else:
+        arrays["video"] = ((rows, frames, height, width, 3), jnp.float32)
+    for name, of_batch in (("y", "text_emb"), ("y_vec", "y_vec")):
+        if name in given and (latents or trainer.system.text_encoder is None):
+            arrays[of_batch] = (given[name].shape, given[name].dtype)
+        elif name == "y" and name in given:
             arrays["text_tokens"] = ((rows, length), jnp.int32)
     where = lambda shape: trainer.layout.sharding(("batch", *[None] * (len(shape) - 1)), shape)
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where(shape)) for name, (shape, dtype) in arrays.items()}

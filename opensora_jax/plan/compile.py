@@ -1,14 +1,24 @@
-"""Compiling a run's training step from shapes alone: what `--config.dry_run` and `plan` share."""
+"""Compiling a run's step from shapes alone: what `--config.dry_run` and `plan` share."""
 
+import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
 
+from opensora_jax.common.errors import UserError
 from opensora_jax.common.shapes import LatentShape
+from opensora_jax.kernels import spec
 from opensora_jax.parallel import shard
-from opensora_jax.pipeline import assemble
+from opensora_jax.parallel.mesh import MeshConfig, axis_sizes
+from opensora_jax.pipeline import Pipeline, assemble, objective_of
+from opensora_jax.plan import work
+from opensora_jax.sampling.solver import make as make_solver
 from opensora_jax.trainer import Trainer, abstract_batch
 from opensora_jax.training import optimizer
 from opensora_jax.training.run import RunConfig
@@ -50,40 +60,118 @@ def largest(cfg: RunConfig) -> Workload:
     return max(workloads(cfg), key=lambda w: (w.frames * w.height * w.width, w.clips))
 
 
+def mesh_of(config: MeshConfig, devices: Sequence) -> Mesh:
+    """The config's mesh over described devices; an axis may take a part of a side of the torus."""
+    from jax.experimental import mesh_utils
+
+    if config.slice > 1:
+        raise UserError("plan: one topology is one pod; plan it with config.mesh.slice=1")
+    sizes = axis_sizes(config, len(devices))
+    placed = mesh_utils.create_device_mesh(tuple(sizes.values()), list(devices), allow_split_physical_axes=True)
+    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
 @dataclass(frozen=True)
 class Program:
-    """A training step, lowered for one bucket on one layout."""
+    """A step, traced for one bucket on one layout."""
 
     trainer: Trainer
+    layout: shard.Layout
     workload: Workload
-    state: dict
-    lowered: Any
+    held: Any  # what stays on the devices between steps: the train state, or the parameters
+    traced: Any
     shape: LatentShape  # of the global batch
+    target: str | None = None
+    forwards: int = 3  # a training step costs three forward passes
 
     @property
     def state_bytes(self) -> int:
         """On one device, exactly: every leaf's own shard."""
-        leaves = jax.tree.leaves(self.state)
+        leaves = jax.tree.leaves(self.held)
         return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
     @property
     def model_flops(self) -> float:
-        """Of one step over the global batch: three times forward, recomputation not counted."""
-        return 3 * self.trainer.forward_flops(self.shape)
+        """Of one step over the global batch, recomputation not counted: by the network's formula, else counted in a
+        trace of one forward pass with plain attention."""
+        return self.forwards * (self.trainer.forward_flops(self.shape) or self.counted_forward())
+
+    def counted_forward(self) -> float:
+        system = self.trainer.system
+        given = dict(system.denoiser.module.inputs(system.denoiser.config, self.shape))
+        x, t = given.pop("x"), given.pop("t")
+        params = system.networks["denoiser"].abstract
+        run = lambda params, x, t, given: system.denoise(params, x, t, **given)
+        with spec.target("cpu"):
+            return work.count(jax.make_jaxpr(run)(params, x, t, given)).flops
+
+    def lower(self):
+        with scope(self.layout, self.target):
+            return self.traced.lower(lowering_platforms=("tpu",)) if self.target else self.traced.lower()
 
 
-def lower(cfg: RunConfig, layout: shard.Layout, workload: Workload) -> Program:
-    """Latents and text features come from the data set, as in a run on encoded shards."""
-    with shard.use(layout):
-        assembly = assemble(cfg, weightless=True)
-        trainer = Trainer(cfg, assembly, layout)
-        network = trainer.trained_network()
-        mask = optimizer.trainable(network.trainable, cfg.optimizer.freeze)
-        tx = optimizer.make(cfg.optimizer, cfg.steps, mask)
-        state = abstract_state(network, tx, layout)
-        rows = workload.clips * trainer.data_shards * cfg.data.batch_scale
-        latents = assembly.trained == "denoiser"
-        batch = abstract_batch(trainer, rows, workload.frames, workload.height, workload.width, latents)
-        lowered = trainer.compile_step(tx, state).lower(state, batch, {})
+@contextlib.contextmanager
+def scope(layout: shard.Layout, target: str | None):
+    with spec.target(target) if target else contextlib.nullcontext(), shard.use(layout):
+        yield
+
+
+def trace(cfg: RunConfig, layout: shard.Layout, workload: Workload, target: str | None = None) -> Program:
+    """The training step on latents and text features of the data set, as in a run on encoded shards. `target`: choose
+    kernels for this chip. Only the trace sees the mesh: described devices cannot run anything eagerly."""
+    assembly = assemble(cfg, weightless=True)
+    trainer = Trainer(cfg, assembly, layout)
+    network = trainer.trained_network()
+    mask = optimizer.trainable(network.trainable, cfg.optimizer.freeze)
+    tx = optimizer.make(cfg.optimizer, cfg.steps, mask)
+    state = abstract_state(network, tx, layout)
+    rows = workload.clips * trainer.data_shards * cfg.data.batch_scale
+    latents = assembly.trained == "denoiser"
+    batch = abstract_batch(trainer, rows, workload.frames, workload.height, workload.width, latents)
+    with scope(layout, target):
+        traced = trainer.compile_step(tx, state).trace(state, batch, {})
     size = trainer.system.latent_size(workload.frames, workload.height, workload.width)
-    return Program(trainer, workload, state, lowered, LatentShape(rows, *size, cfg.text.max_length))
+    shape = LatentShape(rows, *size, cfg.text.max_length)
+    return Program(trainer, layout, workload, state, traced, shape, target)
+
+
+def trace_sample(cfg: RunConfig, layout: shard.Layout, workload: Workload, target: str | None = None) -> Program:
+    """One step of sampling: both branches of guidance through the denoiser, and the solver's update."""
+    assembly = assemble(cfg, weightless=True)
+    trainer = Trainer(cfg, assembly, layout)
+    network, system = trainer.trained_network(), assembly.system
+    rows = workload.clips * trainer.data_shards
+    shape = LatentShape(
+        rows, *system.latent_size(workload.frames, workload.height, workload.width), cfg.text.max_length
+    )
+    where = lambda leaf, names: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=layout.sharding(names, leaf.shape)
+    )
+    by_batch = lambda leaf: where(leaf, ("batch", *[None] * (leaf.ndim - 1)))
+    params = jax.tree.map(where, network.abstract, network.axes)
+    given = dict(system.denoiser.module.inputs(system.denoiser.config, shape))
+    x = given.pop("x")
+    given.pop("t")
+    if "y" in given:
+        given["drop_text"] = jax.ShapeDtypeStruct((rows,), jnp.bool_)
+    branch = jax.tree.map(by_batch, given)
+    solver = make_solver(objective_of(cfg.objective)[1], assembly.sampling.steps, assembly.sampling.solver)
+    full = lambda value: np.full((rows,), value, np.float32)
+    sizes = {"height": full(workload.height), "width": full(workload.width), "num_frames": full(workload.frames)}
+    times = solver.schedule(x.shape, sizes | {"fps": full(assembly.sampling.fps)})
+    state = jax.tree.map(by_batch, jax.eval_shape(solver.init, x))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    pipeline = Pipeline(system, {}, assembly.sampling, None, layout)
+    scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype)
+    with scope(layout, target):
+        traced = pipeline._step.trace(
+            params, state, (branch, branch), keys, times, scalar(jnp.int32), scalar(jnp.float32),
+            solver=solver, channels=assembly.sampling.guided_channels or None,
+        )  # fmt: skip
+    return Program(trainer, layout, workload, params, traced, shape, target, forwards=2)
+
+
+def lower(cfg: RunConfig, layout: shard.Layout, workload: Workload):
+    """What the dry run compiles on this machine: (program, lowered)."""
+    program = trace(cfg, layout, workload)
+    return program, program.lower()

@@ -36,10 +36,10 @@ def dry_run(tree: dict) -> int:
         )
     layout = shard.layout(make_mesh(cfg.mesh, jax.devices()[:devices]), cfg.mesh.rules)
     workload = largest(cfg)
-    program = lower(cfg, layout, workload)
+    program, lowered = lower(cfg, layout, workload)
     network = program.trainer.trained_network()
     with shard.use(layout):
-        memory = program.lowered.compile().memory_analysis()
+        memory = lowered.compile().memory_analysis()
     print("\n".join(describe(cfg, program, network, memory, devices, layout)))
     print(f"compiled in {time.monotonic() - began:.0f} s; nothing was read or written")
     return 0

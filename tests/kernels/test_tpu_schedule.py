@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tpu_schedule import Schedule, grid, read_schedule
+from benchmarks.tpu_schedule import grid
+from opensora_jax.plan.bundles import Schedule, read_schedule
 from tests.kernels.cases import BY_NAME
 
 TEXT = """\

@@ -1,0 +1,261 @@
+"""What a compiled TPU program holds, read from its optimized HLO text: cycles, kernels, collectives.
+
+`cost_analysis()` counts the body of a loop once; here everything inside a `while` counts as often as it runs. Custom
+calls carry metadata with raw newlines and braces, so an instruction ends where the next one begins, not at a brace.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+BYTES = {
+    "pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
+    "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8,
+}  # fmt: skip
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9](?:fn)?)?)\[([0-9,]*)\]")
+START = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ")
+HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{\s*$")
+CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    name: str
+    opcode: str
+    type: str
+    rest: str  # operands and attributes
+    root: bool = False
+
+    @property
+    def cycles(self) -> int:
+        found = CYCLES.search(self.rest)
+        return int(found[1]) if found else 0
+
+    @property
+    def is_kernel(self) -> bool:
+        return self.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in self.rest
+
+
+@dataclass(frozen=True)
+class Module:
+    computations: dict[str, list[Instruction]]
+    entry: str
+
+    def walk(self) -> Iterator[tuple[Instruction, int, bool]]:
+        """Every instruction that runs: with how often, and whether it lies inside a fusion."""
+        yield from self._walk(self.entry, 1, False)
+
+    def _walk(self, name: str, times: int, fused: bool):
+        for op in self.computations.get(name, ()):
+            yield op, times, fused
+            if op.opcode == "while":
+                body, condition = (_attribute(op, key) for key in ("body", "condition"))
+                trips = self.trips(op, condition)
+                yield from self._walk(body, times * trips, fused)
+            elif op.opcode in ("fusion", "call", "async-start", "conditional"):
+                branches = BRANCHES.search(op.rest)
+                called = re.findall(r"[\w.\-]+", branches[1]) if branches else CALLED.findall(op.rest)
+                for inner in called:
+                    yield from self._walk(inner, times, fused or op.opcode == "fusion")
+
+    def trips(self, loop: Instruction, condition: str) -> int:
+        """As the compiler says, or the constant that the loop's condition compares its counter with."""
+        known = TRIPS.search(loop.rest)
+        if known:
+            return int(known[1])
+        constants = [
+            int(found[1])
+            for op in self.computations.get(condition, ())
+            if op.opcode == "constant" and (found := re.match(r"(\d+)\)", op.rest))
+        ]
+        return max(constants, default=1)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of exchange: over which mesh axes, how often a step, and the bytes of one operand on one device."""
+
+    kind: str
+    axes: tuple[str, ...]
+    size: int  # devices that exchange with each other
+    dtype: str
+    bytes: float  # of the full array: gathered, reduced or exchanged
+    count: int = 1
+    asynchronous: bool = False
+
+    @property
+    def moved(self) -> float:
+        """Bytes that a device sends in a step."""
+        share = (self.size - 1) / self.size
+        factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
+        return self.count * self.bytes * factor
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Of a step on one device."""
+
+    cycles: int  # of everything but kernels and collectives
+    kernel_calls: dict[str, int] = field(default_factory=dict)
+    collectives: tuple[Collective, ...] = ()
+
+
+def parse(text: str) -> Module:
+    computations: dict[str, list[Instruction]] = {}
+    entry, current, pending = "", None, None
+
+    def finish():
+        if pending is not None and current is not None:
+            computations[current].append(_instruction(pending))
+
+    for line in text.splitlines():
+        header = HEADER.match(line)
+        if header and not line.startswith(" "):
+            finish()
+            pending, current = None, header[2]
+            computations[current] = []
+            entry = current if header[1] else entry
+        elif current is not None and START.match(line):
+            finish()
+            pending = line
+        elif pending is not None and line != "}":
+            pending += "\n" + line
+    finish()
+    return Module(computations, entry or next(iter(computations), ""))
+
+
+def contents(module: Module, axis_sizes: dict[str, int]) -> Contents:
+    """axis_sizes: the mesh, in the order in which partitions are numbered."""
+    cycles, kernels = 0, {}
+    found: dict[tuple, int] = {}
+    for op, times, fused in module.walk():
+        collective = _collective(op, axis_sizes, module, fused)
+        if collective is not None:
+            key = (collective.kind, collective.axes, collective.size, collective.dtype)
+            key += (collective.bytes, collective.asynchronous)
+            found[key] = found.get(key, 0) + times
+        elif op.is_kernel:
+            name = re.sub(r"[.\d]+$", "", op.name)
+            kernels[name] = kernels.get(name, 0) + times
+        elif not fused:
+            cycles += op.cycles * times
+    collectives = (Collective(*key[:5], count=count, asynchronous=key[5]) for key, count in found.items())
+    return Contents(cycles, kernels, tuple(sorted(collectives, key=lambda c: -c.moved)))
+
+
+def arrays(type_text: str) -> list[tuple[str, int]]:
+    """(dtype, bytes) of every array in a type; layouts such as {1,0:T(8,128)(2,1)} hold no brackets."""
+    return [
+        (dtype, BYTES[dtype] * math.prod(int(n) for n in dims.split(",") if n))
+        for dtype, dims in ARRAY.findall(type_text)
+        if dtype in BYTES
+    ]
+
+
+def _instruction(text: str) -> Instruction:
+    start = START.match(text)
+    assert start is not None
+    rest = text[start.end() :]
+    if rest.startswith("("):
+        depth = 0
+        for end, letter in enumerate(rest):  # noqa: B007
+            depth += {"(": 1, ")": -1}.get(letter, 0)
+            if not depth:
+                break
+        kind, rest = rest[: end + 1], rest[end + 1 :].lstrip()
+    else:
+        kind, _, rest = rest.partition(" ")
+    opcode, _, rest = rest.partition("(")
+    return Instruction(start[2], opcode.strip(), kind, rest, bool(start[1]))
+
+
+def _attribute(op: Instruction, name: str) -> str:
+    found = re.search(rf"\b{name}=%?([\w.\-]+)", op.rest)
+    return found[1] if found else ""
+
+
+def _collective(op: Instruction, axis_sizes, module: Module, fused: bool) -> Collective | None:
+    """The collective that an instruction is, or starts. A fusion of an all-reduce and the choice of a slice is how the
+    TPU compiler writes a reduce-scatter: the all-reduce inside stands for it."""
+    kind = op.opcode.removesuffix("-start")
+    if kind not in COLLECTIVES:
+        return None
+    asynchronous = op.opcode.endswith("-start")
+    parts = arrays(op.type)
+    if asynchronous and kind in ("all-gather", "collective-permute"):  # (operands, results[, counters])
+        whole = [part for part in parts if part[0] != "u32"]
+        parts = whole[len(whole) // 2 :]
+    size = sum(bytes_ for _, bytes_ in parts)
+    dtype = max(parts, key=lambda part: part[1], default=("", 0))[0]
+    members = _members(op.rest, math.prod(axis_sizes.values()))
+    if len(set(members)) < 2:
+        return None
+    if kind == "all-reduce" and fused:
+        kind = "reduce-scatter"
+    elif kind == "reduce-scatter":
+        size *= len(members)
+    count = 2 if kind == "collective-permute" else len(members)
+    return Collective(kind, _axes(members, axis_sizes), count, dtype, size, asynchronous=asynchronous)
+
+
+def _members(attributes: str, devices: int) -> list[int]:
+    """One group of partitions that exchange with each other: groups are alike but for an offset."""
+    pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes)
+    if pairs:
+        return [int(pairs[1]), int(pairs[2])]
+    written = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
+    if written:
+        return [int(n) for n in written[1].split(",") if n]
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    if iota:
+        dims = [int(n) for n in iota[3].split(",")]
+        order = [int(n) for n in iota[4].split(",")] if iota[4] else list(range(len(dims)))
+        return _transposed(dims, order)[: int(iota[2])]
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\](.{0,400})", attributes, re.DOTALL)
+    if named:
+        return _named_members(named[1], named[2])
+    return list(range(devices))
+
+
+def _named_members(mesh: str, after: str) -> list[int]:
+    """replica_groups=mesh['a'=2,'b'=32] {'b'}; an axis may be split, 'b':(2)4 is its middle part of 4."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    ids = re.search(r"device_ids=\(?\[([\d,]+)\](?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?)?", after)
+    group = after[after.index("{") + 1 : after.index("}")]
+    total = math.prod(sizes.values())
+    number = list(range(total))
+    if ids and ids[2]:
+        dims = [int(n) for n in ids[2].split(",")]
+        number = _transposed(dims, [int(n) for n in ids[3].split(",")] if ids[3] else list(range(len(dims))))
+    members = [0]
+    for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", group):
+        stride = math.prod(list(sizes.values())[list(sizes).index(name) + 1 :])
+        width = int(part) if part else sizes[name]
+        stride *= sizes[name] // (int(before) * width) if part else 1
+        members = [member + i * stride for member in members for i in range(width)]
+    return [number[member] for member in members]
+
+
+def _transposed(dims: list[int], order: list[int]) -> list[int]:
+    """Elements of arange(dims) in the order that transposing gives."""
+    strides = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
+    found = [0]
+    for axis in order:
+        found = [base + i * strides[axis] for base in found for i in range(dims[axis])]
+    return found
+
+
+def _axes(members: list[int], axis_sizes: dict[str, int]) -> tuple[str, ...]:
+    """Mesh axes along which the members of a group differ."""
+    differing = []
+    stride = math.prod(axis_sizes.values())
+    for axis, size in axis_sizes.items():
+        stride //= size
+        if len({member // stride % size for member in members}) > 1:
+            differing.append(axis)
+    return tuple(differing)

@@ -1,0 +1,53 @@
+"""libtpu as a compiler on a machine without TPUs: its environment, its lock, its litter.
+
+`prepare` must come before jax is imported: libtpu reads the environment when it loads. It then takes no lock (several
+plans may run at once), asks no metadata server, and writes its logs into a folder that goes away with the process.
+"""
+
+import atexit
+import importlib.util
+import os
+import shutil
+import tempfile
+
+from opensora_jax.common.errors import UserError
+
+QUIET = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",  # of this machine, which has none: silences a warning and decides nothing
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
+
+def dump_to(folder) -> str:
+    """Of LIBTPU_INIT_ARGS: write every kernel's schedule there (bundles.py reads it)."""
+    return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+
+
+def prepare(extra_arguments: str = "") -> None:
+    """extra_arguments: for LIBTPU_INIT_ARGS, such as where to dump schedules."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "planning for a TPU needs its compiler: pip install 'opensora-jax[aot]' (libtpu; no TPU needed)"
+        )
+    os.environ.update(QUIET)
+    if extra_arguments:
+        os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {extra_arguments}".strip()
+    if "TPU_LOG_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="libtpu-logs-")
+        os.environ["TPU_LOG_DIR"] = folder
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+def devices(topology) -> list:
+    """Descriptions of the chips; nothing is connected to."""
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"--topology={topology.name}: the TPU compiler knows no such topology ({reason})") from None

@@ -1,0 +1,101 @@
+"""One step for one topology: traced, compiled by the TPU compiler, read, and turned into a Plan."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from opensora_jax.parallel import shard
+from opensora_jax.plan import estimate, hlo, libtpu, work
+from opensora_jax.plan.chips import Topology
+from opensora_jax.plan.compile import Program, Workload, largest, mesh_of, trace, trace_sample
+from opensora_jax.plan.links import Links
+from opensora_jax.training.run import RunConfig
+
+KERNEL_TARGETS = {"tpu7x": "v7x"}  # kernels/spec.py's name where it differs from the topology's
+TRACES = {"train": trace, "sample": trace_sample}
+
+
+def traced(cfg: RunConfig, topology: Topology, task: str, workload: Workload | None = None, devices=None) -> Program:
+    """devices: described ones, by default the topology's own."""
+    devices = libtpu.devices(topology) if devices is None else devices
+    layout = shard.layout(mesh_of(cfg.mesh, devices), cfg.mesh.rules)
+    target = KERNEL_TARGETS.get(topology.chip.name, topology.chip.name)
+    return TRACES[task](cfg, layout, workload or largest(cfg), target)
+
+
+def compiled(cfg: RunConfig, topology: Topology, task: str = "train", hlo_file: str = "") -> estimate.Plan:
+    """By the TPU compiler, on this machine."""
+    program = traced(cfg, topology, task)
+    began = time.monotonic()
+    executable = program.lower().compile()
+    seconds = time.monotonic() - began
+    text = executable.as_text()
+    if hlo_file:
+        Path(hlo_file).write_text(text)
+    sizes = program.layout.sizes
+    inside = hlo.contents(hlo.parse(text), sizes)
+    stats = executable.memory_analysis()
+    memory = estimate.Memory(
+        stats.argument_size_in_bytes,
+        stats.temp_size_in_bytes,
+        max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes),
+        stats.generated_code_size_in_bytes,
+    )
+    arithmetic = work.count(program.traced.jaxpr)
+    links = Links.of(topology, sizes, program.layout.mesh.devices)
+    plan = described(cfg, topology, program)
+    return replace(
+        plan,
+        source="compiler",
+        memory=memory,
+        hardware_flops=arithmetic.flops,
+        fusion_seconds=inside.cycles / topology.chip.clock,
+        fusions_from="the compiler's cycles",
+        kernels=tuple(arithmetic.kernels),
+        kernel_seconds=estimate.roofline(arithmetic.kernels, topology),
+        kernels_from="roofline of their matmuls and traffic, a lower bound",
+        collectives=inside.collectives,
+        collective_seconds=estimate.timed(inside.collectives, links),
+        compile_seconds=seconds,
+        notes=notes(topology, arithmetic),
+    )
+
+
+def described(cfg: RunConfig, topology: Topology, program: Program) -> estimate.Plan:
+    """What is known before anything is compiled."""
+    from flax import nnx
+
+    network, shape, w = program.trainer.trained_network(), program.shape, program.workload
+    patch = getattr(program.trainer.system.denoiser.config, "patch_size", (1, 1, 1))
+    patch = (1, patch, patch) if isinstance(patch, int) else (*(1,) * (3 - len(patch)), *patch)
+    tokens = shape.batch
+    for size, side in zip((shape.frames, shape.height, shape.width), patch):
+        tokens *= -(-size // side)
+    return estimate.Plan(
+        topology=topology,
+        source="formula",
+        mesh=program.layout.sizes,
+        rules=cfg.mesh.rules,
+        remat=str(cfg.model.get("remat", "none")),
+        bucket=f"{w.name}: {w.frames} frames of {w.height}x{w.width}, latents {shape.frames}x{shape.height}x{shape.width}",
+        batch=shape.batch,
+        tokens=tokens,
+        parameters=network.count(),
+        trainable=network.count(nnx.Param),
+        memory=estimate.Memory(program.state_bytes, 0),
+        model_flops=program.model_flops,
+        hardware_flops=0.0,
+        fusion_seconds=0.0,
+        fusions_from="",
+        kernel_seconds=0.0,
+        kernels_from="",
+    )
+
+
+def notes(topology: Topology, arithmetic: work.Work) -> tuple[str, ...]:
+    said = []
+    if topology.chip.name in ("v5p", "v4"):
+        said.append("cycles of elementwise fusions are up to 2.7 times too many on this chip; v6e's are within 16%")
+    if arithmetic.unknown_loops:
+        said.append(f"{arithmetic.unknown_loops} loops of unknown length are counted once in the hardware FLOPs")
+    return tuple(said)
