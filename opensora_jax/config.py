@@ -96,7 +96,11 @@ def load(file: str | None, overrides: list[str]) -> dict:
     """The plain configuration tree of a file with the command line's changes."""
     if not file:
         raise UserError(f"--config=FILE is missing; shipped: {', '.join(shipped())}")
-    tree = read_file(file)
+    return changed(read_file(file), overrides)
+
+
+def changed(tree: dict, overrides: list[str]) -> dict:
+    """A tree with the command line's --config.key=value."""
     for word in overrides:
         key, equals, text = word.removeprefix("--config.").partition("=")
         if not equals:

@@ -8,49 +8,32 @@ A folder holds model_index.json, denoiser/ vae/ text_encoder/ (config.json + saf
 and scheduler.json. Sampling runs on whatever devices there are, sharded like training when a layout is given.
 """
 
-import importlib
 import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, partial
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from opensora_jax import __version__, locate
 from opensora_jax.common.errors import UserError
 from opensora_jax.config import Part, build, part, to_plain
+from opensora_jax.generator import CLIP_TOKENS, Generator, Request, SamplingConfig, check_asked, objective_of
 from opensora_jax.parallel.shard import Layout, shardings, use
-from opensora_jax.sampling.guidance import Guidance
-from opensora_jax.sampling.solver import make
 from opensora_jax.system import System
 from opensora_jax.weights import store
 from opensora_jax.weights.engine import flatten, unflatten
 
-ROOMS = {"denoiser": "models", "vae": "vaes", "text_encoder": "text"}
+__all__ = ["Output", "Pipeline", "SamplingConfig", "assemble", "objective_of"]
+
+ROOMS = {"denoiser": "models", "vae": "vaes", "text_encoder": "text", "text_encoder_2": "text"}
 INDEX = "model_index.json"
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """What a pipeline samples with unless a call says otherwise; scheduler.json."""
-
-    objective: dict = field(default_factory=lambda: {"name": "rectified_flow", "preset": "V1_2"})
-    solver: str = ""  # one of sampling.solver.NAMES; none: what the objective is usually sampled with
-    steps: int = 30
-    guidance_scale: float = 7.0
-    guided_channels: int = 0  # 0: all of the latents'; Open-Sora 1.0 guides 3 of 4
-    num_frames: int = 51
-    height: int = 240
-    width: int = 426
-    fps: float = 24.0
-    max_length: int = 300
-    clean_caption: bool = True  # the T5 caption cleaning that 1.x models were trained with
 
 
 @dataclass(frozen=True)
@@ -61,35 +44,13 @@ class Output:
     fps: float
 
 
-def objective_of(spec: dict) -> tuple[Any, Any]:
-    """{"name": "rectified_flow", "preset": "V1_2", ...fields} → the module in diffusion/ and its Config."""
-    spec = dict(spec)
-    name, preset = spec.pop("name", "rectified_flow"), spec.pop("preset", None)
-    try:
-        module = importlib.import_module(f"opensora_jax.diffusion.{name}")
-    except ModuleNotFoundError:
-        raise UserError(f"objective.name={name!r} is unknown; choose rectified_flow or iddpm") from None
-    base = getattr(module, preset, None) if preset else module.Config()
-    if base is None:
-        raise UserError(f"objective.preset={preset!r} is not in diffusion/{name}.py")
-    return module, build(type(base), _shallow(base) | spec, "objective")
-
-
-def _shallow(value) -> dict:
-    return {name: getattr(value, name) for name in value.__dataclass_fields__}
-
-
 class Pipeline:
     def __init__(
-        self, system: System, params: dict, sampling: SamplingConfig, tokenizer=None, layout: Layout | None = None
-    ):
-        self.system, self.params, self.sampling, self.tokenizer, self.layout = (
-            system,
-            params,
-            sampling,
-            tokenizer,
-            layout,
-        )
+        self, system: System, params: dict, sampling: SamplingConfig, tokenizer=None, layout: Layout | None = None,
+        tokenizer_2=None,
+    ):  # fmt: skip
+        self.system, self.params, self.sampling, self.layout = system, params, sampling, layout
+        self.tokenizer, self.tokenizer_2 = tokenizer, tokenizer_2
         self.source = ""
 
     # ---- loading and saving -------------------------------------------------------------------------------------
@@ -104,7 +65,11 @@ class Pipeline:
         system = System(**{name: read_part(folder, name, index, dtype) for name in ROOMS if name in index["parts"]})
         params = {name: load_params(folder / name, system.networks[name], layout) for name in system.parts}
         sampling = build(SamplingConfig, read_json(folder / "scheduler.json"), str(folder / "scheduler.json"))
-        pipeline = cls(system, params, sampling, read_tokenizer(folder, sampling.max_length), layout)
+        tokenizers = (
+            read_tokenizer(folder / "tokenizer", sampling.max_length),
+            read_tokenizer(folder / "tokenizer_2", CLIP_TOKENS),
+        )
+        pipeline = cls(system, params, sampling, tokenizers[0], layout, tokenizers[1])
         pipeline.source = str(source)
         return pipeline
 
@@ -128,7 +93,7 @@ class Pipeline:
             lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, "float32", sharding=to), network.abstract, where
         )
         params = assembly.frozen(layout) | {assembly.trained: checkpoints.restore_item("ema", abstract, run.step)}
-        pipeline = cls(assembly.system, params, assembly.sampling, assembly.tokenizer, layout)
+        pipeline = cls(assembly.system, params, assembly.sampling, assembly.tokenizer, layout, assembly.tokenizer_2)
         pipeline.source = f"{run.workdir}@{checkpoints.meta(run.step)['step']}"
         return pipeline
 
@@ -142,8 +107,9 @@ class Pipeline:
         for name, part_ in self.system.parts.items():
             flat = flatten(self.params[name])
             store.save_params(partial_folder / name, flat, part_.describe(), dtype)
-        if self.tokenizer is not None:
-            self.tokenizer.save(partial_folder / "tokenizer")
+        for name, tokenizer in (("tokenizer", self.tokenizer), ("tokenizer_2", self.tokenizer_2)):
+            if tokenizer is not None:
+                tokenizer.save(partial_folder / name)
         write_json(partial_folder / "scheduler.json", to_plain(self.sampling))
         families = {name: part_.family for name, part_ in self.system.parts.items()}
         write_json(partial_folder / INDEX, {"library": "opensora_jax", "version": __version__, "parts": families})
@@ -167,92 +133,27 @@ class Pipeline:
         callback: Callable[[int, int], None] | None = None,
         **settings,
     ) -> Output:
-        """One video a (prompt, seed) pair; what it shows depends on its own pair alone. Settings: solver, steps,
-        guidance_scale, num_frames, height, width, fps; None means the pipeline's own value."""
-        unknown = set(settings) - {field.name for field in fields(SamplingConfig)}
+        """One video a (prompt, seed) pair; what it shows depends on its own pair alone. Settings: those of SamplingConfig
+        (solver, steps, guidance_scale, num_frames, height, width, fps, loop, ...; None means the pipeline's own value) and
+        of Request: image, video, references, condition, mask_strategy (docs/sample.md)."""
+        request = {f.name: settings.pop(f.name, None) for f in fields(Request)}
+        asked = {name: value for name, value in settings.items() if value is not None}
+        unknown = set(asked) - {f.name for f in fields(SamplingConfig)}
         if unknown:
             raise UserError(f"unknown sampling settings: {', '.join(sorted(unknown))}")
-        cfg = replace(self.sampling, **{name: value for name, value in settings.items() if value is not None})
+        cfg = replace(self.sampling, **asked)
         check_sampling(cfg, self.system)
-        if not prompts or not all(text.strip() for text in prompts):
-            raise UserError("the prompt is empty; say what the video should show")
-        with self._placed():
-            latents = self._latents(list(zip(prompts, seeds)), negative_prompt, cfg, callback)
-            frames = np.asarray(self._decode(self.params["vae"], latents, cfg.num_frames))
-        return Output(frames, np.asarray(latents), list(seeds), cfg.fps)
-
-    def _latents(self, rows, negative_prompt, cfg: SamplingConfig, callback):
-        size = self.system.latent_size(cfg.num_frames, cfg.height, cfg.width)
-        channels = self.system.denoiser.config.in_channels
-        keys = [jax.random.key(s) for _, s in rows]
-        noise = [jax.random.normal(key, (*size, channels), jnp.float32) for key in keys]
-        batch = len(rows)
-        full = lambda value: np.full((batch,), value, np.float32)
-        sizes = {"height": full(cfg.height), "width": full(cfg.width), "num_frames": full(cfg.num_frames)}
-        sizes["fps"] = full(cfg.fps if cfg.num_frames > 1 else 120.0)  # images are 120 frames a second, as trained
-
-        tokens, mask = self.tokenizer(self._clean([text for text, _ in rows], cfg), cfg.max_length)
-        text = self._encode_text(self.params["text_encoder"], tokens, mask)
-        conditions = self.system.conditioning({"text_emb": text, "text_mask": mask} | sizes)
-        if negative_prompt:
-            tokens, null_mask = self.tokenizer(self._clean([negative_prompt] * batch, cfg), cfg.max_length)
-            null = {"y": self._encode_text(self.params["text_encoder"], tokens, null_mask), "text_mask": null_mask}
-            drop = False
-        else:
-            null, drop = {}, True  # the learned null caption, under the mask of the prompt, as trained
-        flag = lambda value: np.full((batch,), value, bool)
-        branches = (conditions | {"drop_text": flag(False)}, conditions | null | {"drop_text": flag(drop)})
-
-        solver = make(objective_of(cfg.objective)[1], cfg.steps, cfg.solver)
-        times = solver.schedule((batch, *size, channels), sizes)
-        state = solver.init(jnp.stack(noise))
-        settings = {"solver": solver, "channels": cfg.guided_channels or None}
-        draws = jnp.stack(keys)
-        for i in range(solver.steps):
-            given = (self.params["denoiser"], state, branches, draws, times, np.int32(i), cfg.guidance_scale)
-            state = self._step(*given, **settings)
-            if callback is not None:
-                jax.block_until_ready(state)
-                callback(i + 1, solver.steps)
-        return state.latents
+        check_asked(asked, self.system)
+        if not prompts:
+            raise UserError("there is no prompt; say what the video should show")
+        shots, kind = Request(**request).shots(prompts, seeds, (cfg.height, cfg.width))
+        with use(self.layout) if self.layout is not None else nullcontext():
+            frames, latents = self._generator(self.params, shots, kind, cfg, negative_prompt, callback)
+        return Output(frames, latents, list(seeds), cfg.fps)
 
     @cached_property
-    def _step(self):
-        @partial(jax.jit, donate_argnums=(1,), static_argnames=("solver", "channels"))
-        def step(params, state, branches, keys, times, i, guidance_scale, *, solver, channels):
-            model = lambda x, t, **given: self.system.denoise(params, x, t, **given)
-            guide = Guidance(guidance_scale, channels=channels)
-            # A sample's fresh noise comes from its own seed, so that it does not depend on its neighbours.
-            draw = lambda key: jax.random.normal(jax.random.fold_in(key, i + 1), state.latents.shape[1:])
-            predict = lambda x, t, **extra: guide(model, branches, x, t, **extra)
-            return solver.step(predict, state, i, times, noise=jax.vmap(draw)(keys))
-
-        return step
-
-    @cached_property
-    def _encode_text(self):
-        return jax.jit(self.system.encode_text)
-
-    @cached_property
-    def _decode(self):
-        @partial(jax.jit, static_argnums=2)
-        def decode(params, latents, frames):
-            video = self.system.decode_video(params, latents, frames)
-            return (jnp.clip((video + 1) / 2, 0, 1) * 255 + 0.5).astype(jnp.uint8)
-
-        return decode
-
-    def _clean(self, texts, cfg: SamplingConfig):
-        if not cfg.clean_caption:
-            return texts
-        from opensora_jax.common.prompts import text_preprocessing
-
-        return [text_preprocessing(text) for text in texts]
-
-    def _placed(self):
-        from contextlib import nullcontext
-
-        return use(self.layout) if self.layout is not None else nullcontext()
+    def _generator(self) -> Generator:
+        return Generator(self.system, self.tokenizer, self.tokenizer_2)
 
 
 @dataclass(frozen=True)
@@ -264,6 +165,7 @@ class Assembly:
     weights: dict[str, Any]  # part → a weights folder, or a seed for random ones
     sampling: SamplingConfig
     tokenizer: Any
+    tokenizer_2: Any = None
 
     def frozen(self, layout: Layout | None = None) -> dict:
         """Parameters of every part that is not trained."""
@@ -289,7 +191,8 @@ def assemble(cfg, dtype: str | None = None, *, weightless: bool = False) -> Asse
     index = read_json(base / INDEX) if base else {"parts": {}}
     trained = "vae" if cfg.task == "vae" else "denoiser"
     parts, weights = {}, {}
-    for name, section in (("denoiser", "model"), ("vae", "vae"), ("text_encoder", "text_encoder")):
+    sections = {"denoiser": "model", "vae": "vae", "text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2"}
+    for name, section in sections.items():
         spec = dict(getattr(cfg, section))
         source = spec.pop("weights", "")
         if spec:
@@ -303,29 +206,34 @@ def assemble(cfg, dtype: str | None = None, *, weightless: bool = False) -> Asse
             raise UserError(f'config.{section}.weights is missing: a converted folder, or "random" for a trial run')
     known = read_json(base / "scheduler.json") if base else {}
     sampling = build(SamplingConfig, known | {"objective": cfg.objective} | cfg.sampling, "config.sampling")
-    return Assembly(System(**parts), trained, weights, sampling, None if weightless else _tokenizer(cfg, base))
+    if weightless:
+        return Assembly(System(**parts), trained, weights, sampling, None)
+    tokenizer = _tokenizer(cfg.text.tokenizer, base, "tokenizer", cfg.text.max_length)
+    second = _tokenizer(cfg.text.tokenizer_2, base, "tokenizer_2", CLIP_TOKENS) if "text_encoder_2" in parts else None
+    return Assembly(System(**parts), trained, weights, sampling, tokenizer, second)
 
 
-def _tokenizer(cfg, base):
+def _tokenizer(name: str, base, subfolder: str, max_length: int):
     """config.text.tokenizer: a folder, a repository, or a shipped pipeline's name; else the tokenizer of the pipeline."""
-    name = cfg.text.tokenizer
     if not name:
-        return read_tokenizer(base, cfg.text.max_length) if base else None
+        return read_tokenizer(base / subfolder, max_length) if base else None
     from opensora_jax.text.tokenizers import load_tokenizer
 
     shipped = locate.ASSETS / name / "tokenizer"
-    return load_tokenizer(shipped if shipped.is_dir() else name, cfg.text.max_length)
+    return load_tokenizer(shipped if shipped.is_dir() else name, max_length)
 
 
 def check_sampling(cfg: SamplingConfig, system: System) -> None:
-    if min(cfg.steps, cfg.num_frames, cfg.height, cfg.width) < 1:
-        raise UserError("steps, frames, height and width must be at least 1")
+    if min(cfg.steps, cfg.num_frames, cfg.height, cfg.width, cfg.loop) < 1:
+        raise UserError("steps, frames, height, width and loop must be at least 1")
     down = math.prod(system.latent_size(1, 512, 512)[1:])
     factor = round((512 * 512 / down) ** 0.5)
+    if "y_vec" in system.takes:  # MMDiT's patches are not padded
+        factor *= system.denoiser.config.patch_size
     if cfg.height % factor or cfg.width % factor:
         fit = lambda n: max(factor, round(n / factor) * factor)
         raise UserError(
-            f"{cfg.height}x{cfg.width} does not fit: height and width must be multiples of {factor} for this VAE; "
+            f"{cfg.height}x{cfg.width} does not fit: height and width must be multiples of {factor} for this pipeline; "
             f"nearest: {fit(cfg.height)}x{fit(cfg.width)}"
         )
 
@@ -347,11 +255,11 @@ def load_params(folder: Path, network, layout: Layout | None = None) -> dict:
 
 
 def read_tokenizer(folder: Path, max_length: int):
-    if not (folder / "tokenizer").is_dir():
+    if not folder.is_dir():
         return None
     from opensora_jax.text.tokenizers import load_tokenizer
 
-    return load_tokenizer(folder / "tokenizer", max_length)
+    return load_tokenizer(folder, max_length)
 
 
 def read_json(path: Path) -> dict:

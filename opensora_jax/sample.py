@@ -1,6 +1,7 @@
 """python -m opensora_jax.sample --prompt="a red circle moving left" [--from=FOLDER|WORKDIR[@step]|HUB_ID] [--out=DIR]
 
-Videos from text. Without --from it uses the small pipeline that ships with the package, so this works offline at once.
+Videos from text, and from images and videos where the network takes them: --image=first.png, --image="first.png;last.png",
+--video=clip.mp4, --loop=4. Without --from it uses the small pipeline that ships with the package, so this works offline.
 """
 
 import json
@@ -30,7 +31,15 @@ def arguments(argv=None):
     add("--seed", type=int, default=0, help="sample k of a prompt has seed + k (0)")
     add("--steps", type=int, help="denoising steps (the pipeline's own)")
     add("--guidance", type=float, help="classifier-free guidance scale (the pipeline's own)")
-    add("--num_frames", type=int, help="frames in the video")
+    add("--image_guidance", type=float, help="guidance scale of given frames, where they have one (1.3, 2.0)")
+    add("--image", metavar="FILE", help="begin with this image; FIRST;LAST connects two")
+    add("--video", metavar="FILE", help="begin as this video begins")
+    add("--reference", action="append", default=[], metavar="FILE", help="for --condition or --mask_strategy; repeat")
+    add("--condition", metavar="KIND", help="frames that are given: i2v_head i2v_tail i2v_loop v2v_head v2v_tail ...")
+    add("--mask_strategy", metavar="S", help='1.1 to 1.3: "loop,reference,start,target,length,edit ratio;..."')
+    add("--loop", type=int, help="clips of a long video, each going on from the one before (1)")
+    add("--condition_frame_length", type=int, help="latent frames that a clip takes over from the one before")
+    add("--num_frames", type=int, help="frames in the video (of one clip)")
     add("--height", type=int, help="pixels")
     add("--width", type=int, help="pixels")
     add("--resolution", help="e.g. 240p, 480p, 720p; with --aspect_ratio instead of height and width")
@@ -52,9 +61,7 @@ def argparse_boolean():
 
 def main(argv=None) -> int:
     args, overrides = arguments(argv)
-    if args.config or overrides:
-        settings = config.load(args.config or "configs/sample/tiny.py", overrides)
-        args = with_settings(args, settings)
+    more = with_settings(args, config.load(args.config, overrides) if args.config else config.changed({}, overrides))
     prompts = read_prompts(args.prompt, args.prompt_file)
     height, width = frame_size(args)
     out_folder = prepare(args.out)
@@ -75,12 +82,12 @@ def main(argv=None) -> int:
     for first in range(0, len(jobs), args.batch_size):
         batch = jobs[first : first + args.batch_size]
         title = f"sampling {first + 1}-{first + len(batch)} of {len(jobs)}" if len(jobs) > 1 else "sampling"
-        with Progress(title, total=args.steps or pipeline.sampling.steps) as bar:
+        with Progress(title, total=(args.steps or pipeline.sampling.steps) * (args.loop or 1)) as bar:
             out = pipeline.generate(
                 [text for text, _ in batch], [seed for _, seed in batch],
                 negative_prompt=args.negative_prompt, steps=args.steps, guidance_scale=args.guidance,
                 num_frames=args.num_frames, height=height, width=width, fps=args.fps,
-                callback=lambda i, _, bar=bar: bar.update(),
+                callback=lambda i, _, bar=bar: bar.update(), **given_frames(args), **more,
             )  # fmt: skip
         for (text, seed), frames in zip(batch, out.frames):
             done.append(save(out_folder, len(done), text, seed, frames, out.fps, pipeline, args))
@@ -93,14 +100,35 @@ def main(argv=None) -> int:
     return 0
 
 
-def with_settings(args, settings: dict):
-    """Values of a sample config where the command line is silent."""
+def with_settings(args, settings: dict) -> dict:
+    """Puts values of a sample config where the command line is silent; what has no flag is returned."""
+    more = {}
     for key, value in settings.items():
         if not hasattr(args, key):
-            raise UserError(f"config.{key} is no setting of sample{config.nearest(key, vars(args))}")
-        if getattr(args, key) in (None, [], "", DEFAULT) or key not in given_flags():
-            setattr(args, key, [value] if key == "prompt" and isinstance(value, str) else value)
-    return args
+            more[key] = value
+        elif getattr(args, key) in (None, [], "", DEFAULT) or key not in given_flags():
+            setattr(args, key, [value] if key in ("prompt", "reference") and isinstance(value, str) else value)
+    if more:
+        from opensora_jax.generator import SamplingConfig
+
+        known = SamplingConfig.__dataclass_fields__
+        for key in more.keys() - known:
+            raise UserError(f"config.{key} is no setting of sample{config.nearest(key, [*vars(args), *known])}")
+    return more
+
+
+def given_frames(args) -> dict:
+    """What the network is to be given beside the prompt."""
+    return {
+        "image": args.image,
+        "video": args.video,
+        "references": args.reference or None,
+        "condition": args.condition,
+        "mask_strategy": args.mask_strategy,
+        "loop": args.loop,
+        "condition_frame_length": args.condition_frame_length,
+        "image_guidance_scale": args.image_guidance,
+    }
 
 
 def given_flags() -> set[str]:
@@ -187,6 +215,7 @@ def save(folder, index: int, text: str, seed: int, frames, fps: float, pipeline,
     made |= {"height": frames.shape[1], "width": frames.shape[2], "steps": args.steps or pipeline.sampling.steps}
     made |= {"guidance": pipeline.sampling.guidance_scale if args.guidance is None else args.guidance}
     made |= {"negative_prompt": args.negative_prompt, "version": __version__}
+    made |= {name: value for name, value in given_frames(args).items() if value is not None}
     (folder / f"{stem}.json").write_text(json.dumps(made, indent=2) + "\n")
     return path
 

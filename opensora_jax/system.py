@@ -1,7 +1,8 @@
 """The networks of one video diffusion system, and how a batch flows through them.
 
 Training, feature encoding and sampling share this: which parts there are, how captions and pixels become what the
-denoiser consumes, and the loss of a run. Parameters stay outside, in plain trees {"denoiser", "vae", "text_encoder"}.
+denoiser consumes, and the loss of a run. Parameters stay outside, in plain trees by part: "denoiser", "vae",
+"text_encoder", and for Open-Sora 2.0 "text_encoder_2", CLIP, whose pooled vector is `y_vec`.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class System:
     denoiser: Part | None = None
     vae: Part | None = None
     text_encoder: Part | None = None
+    text_encoder_2: Part | None = None
 
     @cached_property
     def networks(self) -> dict[str, Network]:
@@ -31,14 +33,26 @@ class System:
 
     @property
     def parts(self) -> dict[str, Part]:
-        named = {"denoiser": self.denoiser, "vae": self.vae, "text_encoder": self.text_encoder}
-        return {name: part for name, part in named.items() if part is not None}
+        return {name: part for name in PARTS if (part := getattr(self, name)) is not None}
 
     @cached_property
     def takes(self) -> frozenset[str]:
         """Names of the denoiser's inputs."""
-        shape = LatentShape(1, 2, 4, 4, 4)
-        return frozenset(self.denoiser.module.inputs(self.denoiser.config, shape))
+        return frozenset(self._inputs)
+
+    @property
+    def _inputs(self) -> dict:
+        return self.denoiser.module.inputs(self.denoiser.config, LatentShape(1, 2, 4, 4, 4))
+
+    @cached_property
+    def latent_channels(self) -> int:
+        return self._inputs["x"].shape[-1]
+
+    @cached_property
+    def learned_null(self) -> bool:
+        """Has the denoiser a null caption of its own? If not, the encoders' output for an empty prompt is the null."""
+        paths = jax.tree_util.tree_leaves_with_path(self.networks["denoiser"].abstract)
+        return any(getattr(path[-1], "key", None) == "null" for path, _ in paths)
 
     def latent_size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Latent frames, height and width of a video."""
@@ -46,8 +60,14 @@ class System:
         return self.vae.module.latent_size(self.vae.config, frames, height, width)
 
     def encode_text(self, params, tokens, mask):
-        """[B, L] ids → [B, L, D] features, float32."""
+        """[B, L] ids → [B, L, D] features, float32. A denoiser that reads no text_mask reads padding too (2.0)."""
+        if self.denoiser is not None and "text_mask" not in self.takes:
+            mask = None
         return self.networks["text_encoder"](params, tokens, mask).astype(jnp.float32)
+
+    def encode_pooled(self, params, tokens):
+        """[B, L] ids of the second encoder → [B, D], float32."""
+        return self.networks["text_encoder_2"](params, tokens).pooled
 
     def encode_video(self, params, video, key=None):
         """[B, T, H, W, 3] in [-1, 1] → latents; a draw of the posterior with a key, its mean without."""
@@ -122,4 +142,5 @@ class System:
         return loss_fn
 
 
+PARTS = ("denoiser", "vae", "text_encoder", "text_encoder_2")
 SIZES = ("fps", "height", "width", "num_frames")

@@ -174,7 +174,8 @@ class Trainer:
     def pipeline(self, ema: dict, frozen: dict) -> Pipeline:
         params = {name: frozen[name] for name in self.system.parts if name != self.assembly.trained}
         params |= {self.assembly.trained: jax.tree.map(lambda e, p: e.astype(p.dtype), ema, self.network.abstract)}
-        return Pipeline(self.system, params, self.assembly.sampling, self.assembly.tokenizer, self.layout)
+        assembly = self.assembly
+        return Pipeline(self.system, params, assembly.sampling, assembly.tokenizer, self.layout, assembly.tokenizer_2)
 
     def export(self, ema: dict, frozen: dict, loader, folder: str, dtype: str) -> None:
         pipeline = self.pipeline(ema, frozen)

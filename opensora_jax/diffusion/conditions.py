@@ -66,7 +66,7 @@ def put_back(x, kind: str, references: list):
     """After i2v sampling the given latent frames take the place of the generated ones, in every sample."""
     if not kind.startswith("i2v"):
         return x
-    head, tail = given_frames(kind)
+    x, (head, tail) = jnp.asarray(x), given_frames(kind)
     for b, parts in enumerate(references):
         if parts is not None and head:
             x = x.at[b, 0].set(jnp.asarray(parts[0][0], x.dtype))

@@ -76,8 +76,9 @@ class Guidance:
             return 3
         return 1 if text == 1 else 2
 
-    def __call__(self, model_fn, conditions, x, t, i=0, *, branches: int | None = None, **extra):
-        """The guided prediction at step i; `extra`: arguments of the network that no branch changes, such as x_mask."""
+    def __call__(self, model_fn, conditions, x, t, i=0, *, branches: int | None = None, scales=None, **extra):
+        """The guided prediction at step i; `extra`: arguments of the network that no branch changes, such as x_mask.
+        `scales`: of this step, when they were worked out on the host."""
         n = len(conditions) if branches is None else branches
         tile = lambda value: jnp.concatenate([value] * n) if n > 1 else value
         conditions = tuple({**c, **extra} for c in conditions[:n])
@@ -87,7 +88,7 @@ class Guidance:
         full, *others = jnp.split(out, n)
         k = x.shape[-1] if self.channels is None else self.channels
         cond, without_text = full[..., :k], others[0][..., :k]
-        text, image = self.scales(i, x.shape[1])
+        text, image = self.scales(i, x.shape[1]) if scales is None else scales
         mixed = without_text + text * (cond - without_text)
         if n == 3:
             nothing = others[1][..., :k]

@@ -16,6 +16,7 @@ class TextConfig:
     """How captions become features when the data does not bring them."""
 
     tokenizer: str = ""  # a folder; empty: the one of `pipeline`
+    tokenizer_2: str = ""  # of the second encoder (Open-Sora 2.0)
     max_length: int = 300
     dropout: float = 0.1  # share of captions replaced by the null caption, for classifier-free guidance
 
@@ -52,6 +53,7 @@ class RunConfig:
     model: dict = field(default_factory=dict)  # family, preset and fields of that network's Config
     vae: dict = field(default_factory=dict)  # empty: data brings latents
     text_encoder: dict = field(default_factory=dict)  # empty: data brings text features
+    text_encoder_2: dict = field(default_factory=dict)  # Open-Sora 2.0: CLIP beside T5
     pipeline: str = ""  # a pipeline folder that gives every part not described above, weights included
     text: TextConfig = field(default_factory=TextConfig)
     objective: dict = field(default_factory=lambda: {"name": "rectified_flow", "preset": "V1_2"})

@@ -13,7 +13,11 @@ from opensora_jax.pipeline import Pipeline, SamplingConfig
 class Toy:
     """A system of which every part fits on a line."""
 
-    denoiser = SimpleNamespace(config=SimpleNamespace(in_channels=4))
+    denoiser = SimpleNamespace(family="toy", config=SimpleNamespace())
+    vae = None
+    latent_channels = 4
+    learned_null = True
+    takes = frozenset({"x", "t", "y"})
 
     def latent_size(self, frames, height, width):
         return frames, height // 8, width // 8
