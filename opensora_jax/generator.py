@@ -6,7 +6,7 @@ Which frames a network is given, and how, is in sampling/given.py; how its branc
 import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -203,14 +203,9 @@ class Generator:
             encode=lambda video: np.asarray(self._encode(params, video[None])[0]),
             decode=lambda latents, frames: self._decode(params, jnp.asarray(latents), frames),
             latents_of=latents_of,
-            frames_of=lru_cache(lambda latents: self._frames_of(params, latents)),
+            frames_of=lambda latents: self.system.frames_of(latents),
             chunk=latents_of(micro) if micro else None,
         )
-
-    def _frames_of(self, params, latents: int) -> int:
-        shape = (1, latents, *self.system.latent_size(1, 256, 256)[1:], self.system.latent_channels)
-        decode = lambda params, z: self.system.decode_video(params, z, None)
-        return jax.eval_shape(decode, params, jax.ShapeDtypeStruct(shape, jnp.float32)).shape[1]
 
     # ---- steps --------------------------------------------------------------------------------------------------
 

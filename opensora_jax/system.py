@@ -5,8 +5,9 @@ denoiser consumes, and the loss of a run. Parameters stay outside, in plain tree
 "text_encoder", and for Open-Sora 2.0 "text_encoder_2", CLIP, whose pooled vector is `y_vec`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 
 from opensora_jax.common.shapes import LatentShape
 from opensora_jax.config import Part
+from opensora_jax.diffusion.conditions import GivenFrames, TrainingConditions, encode_with_conditions, frame_weights
 from opensora_jax.nn.params import Network
 
 # Batch name → the argument of a denoiser that takes it; other names agree.
@@ -73,15 +75,37 @@ class System:
         """[B, T, H, W, 3] in [-1, 1] → latents; a draw of the posterior with a key, its mean without."""
         return self.networks["vae"](params, video, key, method="encode").astype(jnp.float32)
 
-    def decode_video(self, params, latents, frames: int):
+    def decode_video(self, params, latents, frames: int | None):
         return self.networks["vae"](params, latents, frames, method="decode").astype(jnp.float32)
 
-    def features(self, batch: dict, frozen: dict, key=None) -> dict:
-        """A batch with latents and text features, whether it brought them or pixels and tokens."""
+    @cached_property
+    def frames_of(self) -> Callable[[int], int]:
+        """How many frames so many latent frames hold."""
+        network, side = self.networks["vae"], self.latent_size(1, 256, 256)[1:]
+
+        @lru_cache
+        def frames_of(latents: int) -> int:
+            z = jax.ShapeDtypeStruct((1, latents, *side, self.latent_channels), "float32")
+            decode = lambda params, z: network(params, z, None, method="decode")
+            return jax.eval_shape(decode, network.abstract, z).shape[1]
+
+        return frames_of
+
+    def features(self, batch: dict, frozen: dict, key=None, given=None) -> dict:
+        """A batch with latents and text features, whether it brought them or pixels and tokens; with TrainingConditions
+        (2.0) also the frames that the network is given."""
         batch = dict(batch)
         if "latents" not in batch:
-            latents = self.encode_video(frozen["vae"], batch.pop("video"), key)
-            batch["latents"] = jax.lax.stop_gradient(latents)
+            video = batch.pop("video")
+            encode = lambda video: jax.lax.stop_gradient(self.encode_video(frozen["vae"], video, key))
+            if isinstance(given, TrainingConditions):
+                frames = self.latent_size(*video.shape[1:4])[0]
+                kinds = given.draw(jax.random.fold_in(key, 1), len(video), frames)
+                batch["latents"], batch["cond"] = encode_with_conditions(video, encode, kinds, given, frames)
+                if given.skip_stills and frames > 1:
+                    batch["frame_weights"] = frame_weights(batch["cond"][:, :, 0, 0, 0])
+            else:
+                batch["latents"] = encode(video)
         if "text_emb" not in batch and "text_tokens" in batch:
             features = self.encode_text(frozen["text_encoder"], batch.pop("text_tokens"), batch.get("text_mask"))
             batch["text_emb"] = jax.lax.stop_gradient(features)
@@ -97,17 +121,22 @@ class System:
     def denoise(self, params, x, t, **conditioning) -> Any:
         return self.networks["denoiser"](params, x, t, **conditioning)
 
-    def diffusion_loss(self, objective, objective_config, text_dropout: float):
-        """loss_fn(params, batch, key, frozen) for training/step.py."""
+    def diffusion_loss(self, objective, objective_config, text_dropout: float, given=None):
+        """loss_fn(params, batch, key, frozen) for training/step.py; `given`: how 1.3 (GivenFrames) or 2.0
+        (TrainingConditions) is given frames. Masks of other versions come with the batch."""
 
         def loss_fn(params, batch, key, frozen):
             key_vae, key_drop, key_loss, key_model = jax.random.split(key, 4)
-            batch = self.features(batch, frozen, key_vae)
+            batch = self.features(batch, frozen, key_vae, given)
             extra = {}
             if text_dropout and "y" in self.takes:
                 extra["drop_text"] = jax.random.bernoulli(key_drop, text_dropout, (batch["latents"].shape[0],))
             if getattr(self.denoiser.config, "drop_path", 0):
                 extra["key"] = key_model
+            if isinstance(given, GivenFrames):  # a condition for the whole batch, which the loader drew
+                frames = ~batch.pop("x_mask")[0]
+                batch = given.apply(batch | extra, frames, jax.random.fold_in(key, 4))
+                extra |= {name: batch.pop(name) for name in ("drop_text", "mask_index")}
             known = self.conditioning(batch)
 
             def model_fn(x, t, **given):
@@ -115,7 +144,7 @@ class System:
                     params, x, t, **{name: given.get(name, value) for name, value in known.items()}, **extra
                 )
 
-            fields = {name: batch[name] for name in ("latents", "x_mask", *SIZES) if name in batch}
+            fields = {name: batch[name] for name in ("latents", "x_mask", "frame_weights", *SIZES) if name in batch}
             loss, metrics = objective.loss(model_fn, fields, key_loss, objective_config)
             return loss, metrics
 

@@ -5,6 +5,7 @@ Everything here follows from the configuration; nothing here loops.
 
 import math
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from opensora_jax import locate
 from opensora_jax.common.errors import UserError
 from opensora_jax.common.shapes import LatentShape
 from opensora_jax.config import part, to_plain
+from opensora_jax.diffusion.conditions import GivenFrames, TrainingConditions
 from opensora_jax.parallel.shard import Layout, place_batch, shardings
 from opensora_jax.pipeline import Assembly, Pipeline, load_params, objective_of, read_json
 from opensora_jax.training import optimizer
@@ -97,6 +99,8 @@ class Trainer:
         latents = loader.latents
         if self.assembly.trained == "vae":
             return False
+        if latents and isinstance(self.given, TrainingConditions):
+            raise UserError("config.conditions.kinds needs pixels: latents of a clip have seen later frames")
         absent = [n for n in ("vae", "text_encoder") if n not in self.system.parts]
         if not latents and absent:
             raise UserError(
@@ -139,7 +143,29 @@ class Trainer:
         if self.assembly.trained == "vae":
             return self.system.reconstruction_loss(self.cfg.vae_loss, self._perceptual())
         objective, objective_config = objective_of(self.cfg.objective)
-        return self.system.diffusion_loss(objective, objective_config, self.cfg.text.dropout)
+        return self.system.diffusion_loss(objective, objective_config, self.cfg.text.dropout, self.given)
+
+    @cached_property
+    def given(self) -> GivenFrames | TrainingConditions | None:
+        """How the network is given frames, when it takes them beside the noise; masks come with the batch."""
+        cfg, data, takes = self.cfg.conditions, self.cfg.data, self.system.takes
+        family = self.system.denoiser.family
+        if (data.mask_ratios or data.mask_types) and "x_mask" not in takes:
+            way = "give config.conditions.kinds" if "cond" in takes else "it is never given frames"
+            raise UserError(f"data.mask_ratios and data.mask_types mean nothing to {family}: {way}")
+        if data.mask_types and "cond_mask" in takes:
+            return GivenFrames(tuple(cfg.drop.items()), cfg.weight)
+        if not cfg.kinds:
+            return None
+        if "cond" not in takes or "cond_mask" in takes:
+            raise UserError(
+                f"config.conditions.kinds means nothing to {family}: give data.mask_ratios or data.mask_types"
+            )
+        if self.system.vae is None:
+            raise UserError("config.conditions.kinds needs a VAE: given frames are encoded by themselves")
+        time = self.system.frames_of(3) - self.system.frames_of(2)
+        causal = self.system.frames_of(2) < 2 * time
+        return TrainingConditions(tuple(cfg.kinds.items()), causal, time, not causal, cfg.skip_stills)
 
     def _lpips(self):
         """The perceptual network and its folder, when the config names one."""

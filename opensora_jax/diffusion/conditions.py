@@ -77,12 +77,20 @@ def put_back(x, kind: str, references: list):
 
 @dataclass(frozen=True)
 class TrainingConditions:
-    """Kinds and their weights, one drawn for every sample. `pad`: repeats stills for a non-causal autoencoder."""
+    """Kinds and their weights, one drawn for every sample. `pad`: repeats stills for a non-causal autoencoder.
+    `skip_stills`: the loss leaves out stills that are given."""
 
     weights: tuple[tuple[str, float], ...] = (("t2v", 1.0), ("i2v_head", 5.0), ("i2v_loop", 1.0), ("i2v_tail", 1.0))
     causal: bool = True
     time: int = 4
     pad: bool = False
+    skip_stills: bool = False
+
+    def __post_init__(self):
+        for kind, weight in self.weights:
+            given_frames(kind)
+            if weight < 0:
+                raise UserError(f"condition {kind} has the weight {weight}; it must not be negative")
 
     def usable(self, latent_frames: int) -> tuple[tuple[str, float], ...]:
         """Without the video conditions that would give the whole clip away."""
@@ -170,17 +178,24 @@ class GivenFrames:
     drop: tuple[tuple[str, float], ...] = (("cond", 0.05), ("text", 0.05), ("null", 0.05), ("keep", 0.85))
     weight: float = 1.0
 
-    def apply(self, batch: dict, frames: tuple[int, ...], key, *, drop: str | None = None) -> dict:
-        """The batch with `cond`, `cond_mask`, `mask_index`, `drop_text`, `frame_weights` for the frames given.
+    def apply(self, batch: dict, frames, key, *, drop: str | None = None) -> dict:
+        """The batch with `cond`, `cond_mask`, `mask_index`, `drop_text`, `frame_weights` for the frames given: their
+        numbers, or a mask [T] that may be traced. Where that gives nothing, the batch's own `drop_text` stays.
 
         The reference's names: "cond" drops the *text*, "text" drops the given frames, "null" both. The mask stays.
         `drop` replaces the draw.
         """
         latents = batch["latents"]
-        count, total = len(frames), latents.shape[1]
-        if not 0 < count < total:
-            raise UserError(f"{count} of {total} latent frames are given; at least one must be, and one be left")
-        mask = jnp.zeros(total).at[jnp.array(frames)].set(1.0)
+        total = latents.shape[1]
+        if isinstance(frames, tuple):
+            if not 0 < len(frames) < total:
+                raise UserError(
+                    f"{len(frames)} of {total} latent frames are given; at least one must be, and one be left"
+                )
+            mask = jnp.zeros(total).at[jnp.array(frames)].set(1.0)
+        else:
+            mask = frames.astype(jnp.float32)
+        count = mask.sum()
         cond_mask = jnp.broadcast_to(mask.reshape(1, -1, 1, 1, 1), latents.shape).astype(latents.dtype)
         cond = batch.get("reference", latents) * cond_mask
         if drop is None:
@@ -190,10 +205,11 @@ class GivenFrames:
         else:
             lost = lambda *of: jnp.array(drop in of)
         others = (total - count * self.weight) / (total - count)
+        drop_text = jnp.where(count > 0, lost("null", "cond"), batch.get("drop_text", False))
         return {k: v for k, v in batch.items() if k != "reference"} | {
             "cond": jnp.where(lost("null", "text"), 0, cond),
             "cond_mask": cond_mask,
-            "mask_index": tuple(frames),
-            "drop_text": jnp.broadcast_to(lost("null", "cond"), latents.shape[:1]),
+            "mask_index": frames,
+            "drop_text": jnp.broadcast_to(drop_text, latents.shape[:1]),
             "frame_weights": jnp.broadcast_to(jnp.where(mask == 1, self.weight, others), latents.shape[:2]),
         }

@@ -133,7 +133,8 @@ class STDiT3(nnx.Module):
         width in pixels [B]; drop_text [B] bool; key: for drop path. Returns [B, T, H, W, out] float32.
 
         cond, cond_mask (like x): latents of given frames, and 1 where given; trained with zeros when nothing is given.
-        mask_index: the frames given, which read y_null [B, L, D] (by default the learned null) instead of y.
+        mask_index: the frames given, by number or as a mask [T], which read y_null [B, L, D] (by default the learned
+        null) instead of y.
         """
         cfg = self.cfg
         frames, rows, columns = x.shape[1:4]
@@ -195,7 +196,8 @@ class STDiT3(nnx.Module):
         else:
             null = embed(y_null)
         null = jnp.broadcast_to(null, text.shape)
-        given = jnp.zeros(length, jnp.int32).at[jnp.asarray(mask_index)].set(1)
+        given = jnp.asarray(mask_index)
+        given = given.astype(jnp.int32) if given.dtype == bool else jnp.zeros(length, jnp.int32).at[given].set(1)
         of_queries = jnp.broadcast_to(jnp.repeat(given, space), (batch, length * space))
         visible = jnp.ones((batch, tokens), bool) if text_mask is None else text_mask.astype(bool)
         of_keys = jnp.concatenate([jnp.where(visible, kind, -1) for kind in (0, 1)], 1)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from opensora_jax.common.errors import UserError
 from opensora_jax.data.loader import DataConfig
+from opensora_jax.diffusion.conditions import GivenFrames
 from opensora_jax.parallel.mesh import MeshConfig
 from opensora_jax.training.checkpoint import CheckpointConfig
 from opensora_jax.training.optimizer import OptimizerConfig
@@ -36,6 +37,17 @@ class VaeLossConfig:
 
 
 @dataclass(frozen=True)
+class ConditionsConfig:
+    """Frames that training gives to networks that take them beside the noise. Which, Open-Sora 1.3 draws a batch from
+    data.mask_types; 2.0 draws a sample from `kinds`. Masks of 1.1 and 1.2 are data.mask_ratios."""
+
+    kinds: dict[str, float] = field(default_factory=dict)  # of diffusion.conditions.KINDS, by weight: needs pixels
+    skip_stills: bool = False  # the loss leaves out given stills
+    drop: dict[str, float] = field(default_factory=lambda: dict(GivenFrames().drop))  # 1.3: what a batch loses
+    weight: float = 1.0  # 1.3: of given frames in the loss
+
+
+@dataclass(frozen=True)
 class LogConfig:
     every_steps: int = 10
     tensorboard: bool = True
@@ -60,6 +72,7 @@ class RunConfig:
     sampling: dict = field(default_factory=dict)  # defaults that the exported pipeline samples with
     vae_loss: VaeLossConfig = field(default_factory=VaeLossConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    conditions: ConditionsConfig = field(default_factory=ConditionsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema_decay: float = 0.9999
     ema_start_steps: int = 0

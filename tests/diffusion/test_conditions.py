@@ -117,6 +117,22 @@ def test_given_frames_drop_what_their_name_says(drop, text, frames):
     assert named["mask_index"] == (0,) and named["drop_text"] is batch["drop_text"] and "frame_weights" not in named
 
 
+def test_given_frames_may_be_a_mask():
+    """So that one compiled step serves every condition that the loader draws, and none."""
+    latents = jnp.arange(8.0).reshape(2, 4, 1, 1, 1)
+    apply = jax.jit(
+        lambda frames: C.GivenFrames(weight=0.4).apply({"latents": latents, "drop_text": told}, frames, key)
+    )
+    told, key = jnp.array([True, False]), jax.random.key(3)
+    mask = jnp.array([True, False, False, True])
+    traced, plain = apply(mask), C.GivenFrames(weight=0.4).apply({"latents": latents}, (0, 3), key)
+    for name in ("cond", "cond_mask", "frame_weights", "drop_text"):
+        np.testing.assert_allclose(traced[name], plain[name], rtol=1e-6, err_msg=name)
+    nothing = apply(jnp.zeros(4, bool))
+    assert not np.any(nothing["cond"]) and nothing["drop_text"].tolist() == [True, False]
+    np.testing.assert_array_equal(nothing["frame_weights"], np.ones((2, 4)))
+
+
 def test_drops_follow_their_weights():
     cfg = C.GivenFrames(drop=(("null", 0.25), ("keep", 0.75)))
     apply = jax.jit(jax.vmap(lambda k: cfg.apply({"latents": jnp.ones((1, 2, 1, 1, 1))}, (0,), k)["drop_text"][0]))

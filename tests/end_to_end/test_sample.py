@@ -1,16 +1,19 @@
 """Sampling through its public entries, on a pipeline of the debug configuration with random weights."""
 
 import json
+import shlex
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from opensora_jax import config, sample
 from opensora_jax.common.errors import UserError
-from opensora_jax.data.video_io import probe
-from opensora_jax.pipeline import Pipeline, assemble
+from opensora_jax.data.video_io import probe, read_frames
+from opensora_jax.pipeline import Pipeline, SamplingConfig, assemble
 from opensora_jax.training.run import RunConfig
+from tests.conftest import REPO
 
 TEXTS = ["a red circle moving left", "a blue square moving up"]
 
@@ -90,6 +93,52 @@ def test_the_command_writes_videos_and_says_how(folder, tmp_path):
     made = json.loads(videos[0].with_suffix(".json").read_text())
     assert made["prompt"] == TEXTS[0] and made["seed"] == 3 and made["steps"] == 4
     assert videos[0].with_suffix(".gif").exists()
+
+
+def test_the_command_goes_on_from_an_image(folder, tmp_path):
+    """Two clips of 34 frames that share 17."""
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / "first.png")
+    flags = [
+        f"--from={folder}",
+        "--prompt=|0|a red circle|1|a blue square",
+        f"--image={tmp_path / 'first.png'}",
+        "--loop=2",
+    ]
+    flags += [
+        "--num_frames=34",
+        "--steps=2",
+        "--no-gif",
+        f"--out={tmp_path / 'out'}",
+        "--config.condition_frame_edit=0.1",
+    ]
+    assert sample.main(flags) == 0
+    (video,) = (tmp_path / "out").glob("*.mp4")
+    frames = read_frames(video)
+    assert frames.shape == (51, 32, 32, 3)
+    made = json.loads(video.with_suffix(".json").read_text())
+    assert made["image"].endswith("first.png") and made["loop"] == 2
+
+
+def test_every_command_of_the_page_is_understood():
+    lines = (REPO / "docs" / "sample.md").read_text().splitlines()
+    commands = [shlex.split(line)[3:] for line in lines if line.startswith("    python -m opensora_jax.sample")]
+    assert len(commands) > 5
+    for flags in commands:
+        if "[" not in "".join(flags):  # the first line of the page is the grammar
+            args, _ = sample.arguments(flags)
+            assert args.prompt
+
+
+def test_settings_of_the_releases_are_settings():
+    for name in ("v1_1", "v1_2", "v1_3", "v1_3.py:i2v", "v2_0", "v2_0.py:768px"):
+        args, _ = sample.arguments([])
+        file = f"configs/sample/{name if ':' in name else name + '.py'}"
+        more = sample.with_settings(args, config.load(file, []))
+        cfg = config.build(SamplingConfig, more, file)
+        assert cfg.objective["preset"].lower() == name[:4] and args.steps
+    with pytest.raises(UserError, match="did you mean oscillate_text"):
+        sample.with_settings(sample.arguments([])[0], {"oscilate_text": True})
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,9 @@ REPO = Path(__file__).parents[2]
 CONFIGS = sorted(
     path.relative_to(REPO).as_posix()
     for path in (REPO / "configs").rglob("*.py")
-    if path.stem not in ("__init__", "base") and "def get_config" in path.read_text()
+    if path.stem not in ("__init__", "base")
+    and "def get_config" in path.read_text()
+    and path.parent.name != "sample"  # settings of sampling, not runs
 )
 LARGE = 2**20  # bytes
 
