@@ -186,7 +186,7 @@ def test_v2_0_sees_what_it_is_given(pipe, image):
     out = pipeline("a cat", image=image, steps=2)
     np.testing.assert_allclose(out.frames[0, 0], through(CAUSAL, image)[0], atol=0.51)
     other = pipeline("a cat", image=image[::-1], steps=2)
-    assert np.abs(out.latents[:, 1:] - other.latents[:, 1:]).max() > 0.02
+    assert np.abs(out.latents[:, 1:] - other.latents[:, 1:]).max() > 1e-3
 
 
 def test_a_distilled_network_is_called_once_a_step(pipe, monkeypatch):
