@@ -3,10 +3,10 @@
 Reference checkpoints into ours and back. The family is told from names and shapes; every tensor must match exactly one
 rule, or all that does not is listed and nothing is written. Tensors are streamed one at a time.
 
-    --from=x.safetensors | FOLDER | x.pth | org/name   --to=DIR       our layout, one network
-    --to-torch --from=DIR --to=DIR2                                    back to the reference's names
-    --list                                                             families, presets, official repositories
-    --manifest=FILE                                                    check names and shapes, no weights needed
+    --from=x.safetensors | FOLDER | x.pth | org/name[/file]   --to=DIR    our layout, one network
+    --to-torch --from=DIR --to=DIR2                                       back to the reference's names
+    --list                                                                families, presets, official repositories
+    --manifest=FILE                                                       check names and shapes, no weights needed
 """
 
 import importlib
@@ -25,7 +25,7 @@ KEPT = "reference_only"  # derived tensors of the reference, kept for the way ba
 def arguments(argv=None):
     parser = config.Parser("convert", __doc__)
     add = parser.add_argument
-    add("--from", dest="source", metavar="PATH", help="a checkpoint file or folder, or a Hub id")
+    add("--from", dest="source", metavar="PATH", help="a checkpoint file or folder, or a Hub id, org/name[/file]")
     add("--to", metavar="DIR", help="where the converted network goes")
     add("--family", help="name it when recognition cannot (see --list)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="store floats as (as they are)")
@@ -210,13 +210,12 @@ def progress(title: str, total: int):
 
 
 def resolve(source: str) -> Path:
-    """A path, or the local copy of a Hub repository."""
-    path = Path(source)
-    if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
-        return path
+    """A path, or the local copy of a Hub repository, or of one file or folder in it."""
     from opensora_jax.locate import download
 
-    return download(source)
+    path = Path(source)
+    local = path.exists() or source.startswith((".", "/", "~")) or Path(path.parts[0]).exists()
+    return path if local or "/" not in source else download(source)
 
 
 # ---- ours → reference ---------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from opensora_jax.training import FOLDER_OF_CHECKPOINTS
 
 ASSETS = Path(__file__).parent / "assets"
 INDEX = "model_index.json"
+OTHERS = ["*.h5", "*.msgpack", "*.onnx", "*.ot"]  # the same weights for other frameworks
 
 
 @dataclass(frozen=True)
@@ -66,18 +67,32 @@ def from_hub(name: str) -> Path:
 
 
 def download(name: str) -> Path:
-    """The local copy of a Hub repository, fetched when this machine is online."""
+    """The local copy of a Hub repository (org/name), or of one file or folder in it (org/name/path), fetched when this
+    machine is online."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    owner, repository, *inside = name.rstrip("/").split("/")
+    chosen = "/".join(inside)
+    beside = "/".join([*inside[:-1], "config.json"])  # a file's config lies with it
+    wanted = [chosen, f"{chosen}/*", beside] if chosen else []
     try:
-        return Path(snapshot_download(name))
+        found = (
+            Path(snapshot_download(f"{owner}/{repository}", allow_patterns=wanted or None, ignore_patterns=OTHERS))
+            / chosen
+        )
+        if not found.exists():
+            raise UserError(f"{name}: {owner}/{repository} has no {chosen} (or this machine holds only a part of it)")
+        return found
     except LocalEntryNotFoundError:
         cache = os.environ.get("HF_HOME", "~/.cache/huggingface")
         raise UserError(
             f"{name} is not on this machine and the Hub cannot be reached: on a machine that is online run "
-            f"`hf download {name}`, copy the folder here and pass its path (or put it into {cache})"
+            f"`hf download {' '.join([f'{owner}/{repository}', *wanted[:1]])}`, copy it here and pass its path (or put "
+            f"it into {cache})"
         ) from None
+    except HFValidationError:
+        raise UserError(f"{name} does not exist, and is no Hub id (org/name)") from None
     except HfHubHTTPError as error:
         raise UserError(
             f"{name}: the Hub answered {error.response.status_code}; check the id and your access"

@@ -162,6 +162,41 @@ def test_a_pickle_without_torch_names_the_extra(tmp_path, monkeypatch):
     refused(path, tmp_path, r"opensora-jax\[convert\]")
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub whose only repository, org/name, holds a network in a folder; what is asked of it."""
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(repository, **options):
+        asked.append((repository, options["allow_patterns"]))
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    return asked
+
+
+def test_one_file_of_a_hub_repository(stdit3, tmp_path, hub):
+    shutil.copytree(stdit3, tmp_path / "snapshot" / "part")
+    for source in ("org/name/part", "org/name/part/model.safetensors"):
+        target = tmp_path / source.replace("/", "_")
+        assert convert.main([f"--from={source}", f"--to={target}"]) == 0
+    assert [repository for repository, _ in hub] == ["org/name"] * 2
+    assert hub[1][1] == ["part/model.safetensors", "part/model.safetensors/*", "part/config.json"]
+    refused("org/name/other", tmp_path, "org/name has no other")
+
+
+def test_a_file_of_the_hub_without_network_says_what_to_do(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    refused("org/name/part/x.safetensors", tmp_path, "`hf download org/name part/x.safetensors`, copy it here")
+    refused("org na me/x", tmp_path, "is no Hub id")
+
+
 def test_the_target_must_be_new(stdit3, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("")

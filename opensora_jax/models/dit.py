@@ -73,7 +73,9 @@ PRESETS = {
     "DiT-XL/2-class": Config(**IMAGE),
     **{f"DiT-{s}/{p}-image": Config(patch_size=(p, p), **IMAGE, **SIZES[s]) for s in SIZES for p in (2, 4, 8)},
 }
-REPOSITORIES: dict[str, str] = {}  # Meta serves its checkpoints outside the hub
+REPOSITORIES = {
+    "DiT-XL/2-image": "facebook/DiT-XL-2-256/transformer"
+}  # diffusers' layout; Meta serves the .pt elsewhere
 
 
 def build(cfg: Config, *, rngs: nnx.Rngs) -> "DiT":

@@ -76,7 +76,12 @@ PRESETS = {
     "Latte-XL/122": Config(caption_channels=0),
     "LatteT2V-XL/2-vchitect": Config(video_length=5),  # whose times have unit steps at any length
 }
-REPOSITORIES = {name: "LanguageBind/Open-Sora-Plan-v1.0.0" for name in PRESETS if name.startswith("LatteT2V-XL/122")}
+REPOSITORIES = {
+    "LatteT2V-XL/122": "LanguageBind/Open-Sora-Plan-v1.0.0/65x512x512",
+    "LatteT2V-XL/122-65x256": "LanguageBind/Open-Sora-Plan-v1.0.0/65x256x256",
+    "LatteT2V-XL/122-17x256": "LanguageBind/Open-Sora-Plan-v1.0.0/17x256x256",
+    "LatteT2V-XL/2-vchitect": "maxin-cn/Latte-1/transformer",
+}
 
 
 def build(cfg: Config, *, rngs: nnx.Rngs) -> "LatteT2V":

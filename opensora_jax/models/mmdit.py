@@ -71,10 +71,10 @@ PRESETS = {
     "flux-schnell": FLUX,
 }
 REPOSITORIES = {
-    "opensora2_mmdit_11b": "hpcai-tech/Open-Sora-v2",
-    "opensora2_mmdit_11b_dcae": "hpcai-tech/Open-Sora-v2-Video-DC-AE",
-    "flux-dev": "black-forest-labs/FLUX.1-dev",
-    "flux-schnell": "black-forest-labs/FLUX.1-schnell",
+    "opensora2_mmdit_11b": "hpcai-tech/Open-Sora-v2/Open_Sora_v2.safetensors",
+    "opensora2_mmdit_11b_dcae": "hpcai-tech/Open-Sora-v2-Video-DC-AE/Open_Sora_v2_Video_DC_AE.safetensors",
+    "flux-dev": "black-forest-labs/FLUX.1-dev/flux1-dev.safetensors",
+    "flux-schnell": "black-forest-labs/FLUX.1-schnell/flux1-schnell.safetensors",
 }
 
 

@@ -77,7 +77,7 @@ PRESETS = {
     "CausalVAE-4x8x8": Config(encoder_temporal_downsample=("TimeDownsample2x", "TimeDownsample2x", "", "")),
     "CausalVAE-4x8x8-late": Config(),  # the class's own defaults: time is halved one level later
 }
-REPOSITORIES = {"CausalVAE-4x8x8": "LanguageBind/Open-Sora-Plan-v1.0.0"}
+REPOSITORIES = {"CausalVAE-4x8x8": "LanguageBind/Open-Sora-Plan-v1.0.0/vae"}
 
 
 def build(cfg: Config, *, rngs: nnx.Rngs) -> "CausalVAE":

@@ -97,7 +97,7 @@ PRESETS = {
     "dc-ae-f32t4c128": Config(),
     "dc-ae-f32t4c128_tiled": Config(use_spatial_tiling=True, use_temporal_tiling=True),
 }
-REPOSITORIES = dict.fromkeys(PRESETS, "hpcai-tech/Open-Sora-v2-Video-DC-AE")
+REPOSITORIES = dict.fromkeys(PRESETS, "hpcai-tech/Open-Sora-v2-Video-DC-AE/F32T4C128_AE.safetensors")
 
 
 def build(cfg: Config, *, rngs: nnx.Rngs) -> "DCAE":

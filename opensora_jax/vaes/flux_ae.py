@@ -16,7 +16,7 @@ PRESETS = {
         latent_channels=16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159
     )
 }
-REPOSITORIES = {"flux-ae": "black-forest-labs/FLUX.1-dev"}
+REPOSITORIES = {"flux-ae": "black-forest-labs/FLUX.1-dev/ae.safetensors"}
 
 
 def build(cfg: Config, *, rngs: nnx.Rngs):

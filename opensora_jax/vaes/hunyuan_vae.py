@@ -68,7 +68,7 @@ PRESETS = {
     "hunyuan_vae_reconstruction": Config(use_spatial_tiling=True, use_temporal_tiling=True),
     "hunyuan_vae_untiled": Config(),
 }
-REPOSITORIES = dict.fromkeys(PRESETS, "hpcai-tech/Open-Sora-v2")
+REPOSITORIES = dict.fromkeys(PRESETS, "hpcai-tech/Open-Sora-v2/hunyuan_vae.safetensors")
 
 
 def build(cfg: Config, *, rngs: nnx.Rngs) -> "HunyuanVAE":

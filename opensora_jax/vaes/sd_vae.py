@@ -52,7 +52,7 @@ PRESETS = {
 REPOSITORIES = {
     "sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema",
     "sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse",
-    "sdxl-vae": "stabilityai/sdxl-vae",
+    "sdxl-vae": "stabilityai/sdxl-vae/diffusion_pytorch_model.safetensors",
 }
 
 

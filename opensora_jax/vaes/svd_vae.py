@@ -40,7 +40,7 @@ class Config:
 
 
 PRESETS = {"svd-vae": Config()}
-REPOSITORIES = {"svd-vae": "stabilityai/stable-video-diffusion-img2vid"}
+REPOSITORIES = {"svd-vae": "stabilityai/stable-video-diffusion-img2vid/vae"}
 
 
 def build(cfg: Config, *, rngs: nnx.Rngs) -> "SVDVAE":

@@ -52,7 +52,9 @@ class Checkpoint:
 def open_checkpoint(path, *, ema: bool = False) -> Checkpoint:
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path} does not exist; give a checkpoint file, a folder with one, or a Hub id (org/name)")
+        raise UserError(
+            f"{path} does not exist; give a checkpoint file, a folder with one, or a Hub id (org/name[/file])"
+        )
     found = _open_folder(path, ema) if path.is_dir() else _open_file(path, _config_beside(path), ema)
     if not found.shapes:
         raise UserError(f"{path} holds no tensors")
