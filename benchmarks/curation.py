@@ -134,7 +134,7 @@ def rows(count: int, folder: str) -> dict:
         "split": [
             "data_pipelines.table",
             "split",
-            f"--input={kept}",
+            f"--input={source}",
             f"--output={folder}/s.parquet",
             "--parts=train:0.98,val:0.02",
         ],

@@ -38,6 +38,8 @@ class Caption(Stage):
     columns_out = {"text": pa.string(), "caption_model": pa.string(), "caption_tokens": pa.int64()}
     resources = Resources(num_cpus=0.25, max_workers=2)  # the server sets the pace; requests have threads of their own
     batch_size = 32
+    pace = ("base_url", "key_env", "concurrency", "requests_per_minute", "timeout_seconds", "retries", "pause_seconds")
+    pace += ("dollars_per_million_in", "dollars_per_million_out", "most_dollars")
 
     @dataclasses.dataclass(frozen=True)
     class Config:

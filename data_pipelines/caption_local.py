@@ -23,6 +23,7 @@ class CaptionLocal(Stage):
     columns_out = {"text": pa.string(), "caption_model": pa.string()}
     resources = Resources(num_cpus=2, max_workers=1)
     batch_size = 8
+    pace = ("device", "num_gpus")
 
     @dataclasses.dataclass(frozen=True)
     class Config:

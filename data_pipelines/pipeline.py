@@ -57,7 +57,7 @@ def run(steps: Sequence[Step], table: pa.Table, options: Options) -> pa.Table:
         runner_ray.connect(options.ray_address)
     chain, report = "", []
     for number, step in enumerate(steps):
-        chain = files.digest(chain, step.label, step.stage.__module__, dataclasses.asdict(step.config))
+        chain = files.digest(chain, step.label, step.stage.__module__, settings(step))
         folder = files.join(output, "meta", f"{number:02d}_{step.label}")
         claim(folder, step, chain)
         began, before = time.monotonic(), table.num_rows
@@ -83,18 +83,22 @@ def placed(step: Step, output: str) -> Step:
 def claim(folder: str, step: Step, chain: str) -> None:
     """The settings a step ran with lie beside its parts; other settings on the same output would mix two data sets."""
     note = files.join(folder, "step.json")
-    settings = dataclasses.asdict(step.config)
     if files.exists(note):
         old = json.loads(files.read_bytes(note))
         if old["chain"] != chain:
-            changed = [k for k, v in settings.items() if json.loads(json.dumps(v)) != old["config"].get(k)]
+            changed = [k for k, v in settings(step).items() if json.loads(json.dumps(v)) != old["config"].get(k)]
             what = f"{step.label}.{changed[0]}" if changed else "an earlier step"
             raise UserError(
                 f"{folder} was made with another setting of {what}: choose a new --output or remove {folder}"
             )
         return
-    text = json.dumps({"stage": step.stage.__module__, "config": settings, "chain": chain}, indent=1)
+    text = json.dumps({"stage": step.stage.__module__, "config": settings(step), "chain": chain}, indent=1)
     files.write_bytes(note, text.encode())
+
+
+def settings(step: Step) -> dict[str, Any]:
+    """The options that decide what a step gives."""
+    return {k: v for k, v in dataclasses.asdict(step.config).items() if k not in step.stage.pace}
 
 
 def need(step: Step, table: pa.Table) -> list[str]:

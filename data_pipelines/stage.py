@@ -41,6 +41,7 @@ class Stage:
     makes_rows: ClassVar[bool] = False  # True: the rows out are new rows and name the row they came from in `parent`
     forgets: ClassVar[tuple[str, ...]] = ()  # columns of the parent that are untrue of the new rows
     scratch: ClassVar[tuple[str, ...]] = ()  # columns that `prepare` adds for the workers alone
+    pace: ClassVar[tuple[str, ...]] = ("num_gpus",)  # options that change no result: a resumed run may change them
     group: ClassVar[str | None] = None  # a column whose equal values must stay in one batch (the shard of `pack`)
 
     @dataclasses.dataclass(frozen=True)

@@ -177,6 +177,16 @@ def test_failed_rows_are_tried_again_when_asked(server, clips, tmp_path):
     assert not (tmp_path / "rejected" / "00_caption.parquet").exists()
 
 
+def test_a_resumed_run_may_change_its_patience_but_not_its_question(server, clips, tmp_path):
+    server.troubles, options = [], Options(str(tmp_path), quiet=True)
+    first = pipeline.run([captioner(server)], clips, options)
+    asked = len(server.requests)
+    patient = captioner(server, concurrency=1, timeout_seconds=9, requests_per_minute=5)
+    assert pipeline.run([patient], clips, options).equals(first) and len(server.requests) == asked
+    with pytest.raises(UserError, match=r"another setting of caption\.frames"):
+        pipeline.run([captioner(server, frames=2)], clips, options)
+
+
 def test_requests_keep_the_pace(server, clips, tmp_path):
     server.troubles = []
     pipeline.run([captioner(server, requests_per_minute=1200)], clips, Options(str(tmp_path), quiet=True))

@@ -1,13 +1,10 @@
-"""Every command of docs/curation.md, the configs, and what a user's mistake looks like."""
+"""Flags of the commands that take weights or a cluster, the configs, and what a user's mistake looks like."""
 
-import json
 import re
-import runpy
 import shlex
 import sys
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines import entry, run
@@ -21,24 +18,6 @@ PAGE = (ROOT / "docs" / "curation.md").read_text()
 def commands(fence):
     blocks = re.findall(rf"```{fence}\n(.*?)```", PAGE, re.DOTALL)
     return [shlex.split(line) for block in blocks for line in block.strip().split("\n")]
-
-
-def execute(words, monkeypatch):
-    assert words[:2] == ["python", "-m"]
-    monkeypatch.setattr(sys, "argv", words[2:])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_module(words[2], run_name="__main__", alter_sys=True)
-    return end.value.code
-
-
-def test_the_page_from_top_to_bottom(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data_pipelines").symlink_to(ROOT / "data_pipelines")
-    for words in commands("bash"):
-        assert not execute(words, monkeypatch), words
-    assert pq.read_table(tmp_path / "WORK" / "table.parquet").num_rows == 18
-    assert json.loads((tmp_path / "PACKED" / "pack" / "manifest.json").read_text())["records"] == 18
-    assert pq.read_table(tmp_path / "both.parquet").num_rows > 10 and (tmp_path / "REPORT" / "report.html").exists()
 
 
 def test_commands_that_need_weights_or_servers_have_real_flags(monkeypatch):

@@ -1,31 +1,56 @@
-"""Input and output on s3:// through a local server, and writes that are all or nothing."""
+"""Input and output on s3:// and gs:// through local stand-ins, and writes that are all or nothing."""
 
 import os
 
+import numpy as np
 import pytest
 
 from data_pipelines import files, pipeline, synthetic, tables
 from data_pipelines.pipeline import Options
+from opensora_jax.data.loader import DataConfig, make_loader
 from tests.data_pipelines.steps import step
 
 
-@pytest.fixture(scope="module")
-def bucket():
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+def moto():
+    """S3 as AWS serves it, from this machine; the real driver speaks to it."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    mine = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
-    mine["AWS_DEFAULT_REGION"] = "us-east-1"
-    before = {name: os.environ.get(name) for name in mine}
-    os.environ.update(mine)
-    import boto3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "x")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        import boto3
 
-    boto3.client("s3").create_bucket(Bucket="videos")
-    yield "s3://videos"
+        boto3.client("s3").create_bucket(Bucket="videos")
+        yield "s3://videos"
     server.stop()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def drawer(folder):
+    """A folder under gs://, where Google's driver would be."""
+    from etils.epath import backend
+    from fsspec.implementations.dirfs import DirFileSystem
+    from fsspec.implementations.local import LocalFileSystem
+    from fsspec.registry import _registry
+
+    class StandIn(DirFileSystem):
+        protocol = ("gs", "gcs")
+
+        def __init__(self, **_):
+            super().__init__(path=str(folder), fs=LocalFileSystem(auto_mkdir=True))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in StandIn.protocol:
+            patch.setitem(_registry, name, StandIn)
+        patch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: StandIn())
+        yield "gs://videos"
+
+
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def bucket(request, tmp_path_factory):
+    yield from moto() if request.param == "s3" else drawer(tmp_path_factory.mktemp("gs"))
 
 
 STEPS = [
@@ -48,12 +73,16 @@ def test_a_pipeline_from_bucket_to_bucket(bucket, tmp_path, monkeypatch):
     local = run(str(tmp_path / "in"), str(tmp_path / "out"))
     for column in ("id", "source", "num_frames", "phash", "shard", "record"):
         assert remote[column].to_pylist() == local[column].to_pylist(), column
-    assert all(path.startswith("s3://videos/out/scene_cut/") for path in remote["path"].to_pylist())
+    assert all(path.startswith(f"{bucket}/out/scene_cut/") for path in remote["path"].to_pylist())
     shards = [name for name in files.listing(f"{bucket}/out/pack") if name.endswith(".array_record")]
     assert len(shards) == 2 and files.exists(f"{bucket}/out/pack/manifest.json")
     assert tables.read(f"{bucket}/out/table.parquet").equals(remote)
     monkeypatch.setattr("data_pipelines.parts.perform", lambda *a: pytest.fail("finished work was repeated"))
     assert run(f"{bucket}/in", f"{bucket}/out").equals(remote)
+    monkeypatch.setenv("OPENSORA_JAX_CACHE", str(tmp_path / "cache"))
+    shape = {"batch_size": 3, "num_frames": 17, "height": 32, "width": 32}
+    there, here = (next(make_loader(DataConfig(source=f"{at}/out/pack", **shape))) for at in (bucket, tmp_path))
+    assert there[1].ids == here[1].ids and np.array_equal(there[0]["video"], here[0]["video"])
 
 
 def test_pieces_and_reports_on_a_bucket(bucket, tmp_path):
