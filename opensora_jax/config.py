@@ -129,36 +129,33 @@ def read_file(name: str) -> dict:
 
 def find_file(name: str) -> Path:
     """A path as given, or one of the configs that travel with the package."""
-    candidates = [
-        Path(name),
-        PACKAGE / "_configs" / Path(name).relative_to("configs") if name.startswith("configs/") else None,
-    ]
+    candidates = [Path(name)]
+    if name.startswith("configs/"):
+        candidates += [root / Path(name).relative_to("configs") for root in roots()]
     for path in candidates:
-        if path is not None and path.is_file():
+        if path.is_file():
             return path
-    raise UserError(f"no config file {name}{nearest(name, shipped())}; shipped: {', '.join(shipped())}")
+    hint = nearest(name, shipped()) or f"; shipped: {', '.join(shipped())}"
+    raise UserError(f"no config file {name}{hint}")
+
+
+def roots() -> list[Path]:
+    """Where configs lie: beside the package in a checkout, inside it when installed."""
+    return [root for root in (PACKAGE.parent / "configs", PACKAGE / "_configs") if (root / "base.py").is_file()]
 
 
 def shipped() -> list[str]:
-    for root in (PACKAGE / "_configs", PACKAGE.parent / "configs"):
-        if root.is_dir():
-            found = sorted(
-                p.relative_to(root).as_posix() for p in root.rglob("*.py") if p.name not in ("base.py", "__init__.py")
-            )
-            return [f"configs/{name}" for name in found]
-    return []
+    found = [path.relative_to(root) for root in roots()[:1] for path in root.rglob("*.py")]
+    return sorted(f"configs/{path.as_posix()}" for path in found if path.name not in ("base.py", "__init__.py"))
 
 
 def _make_configs_importable() -> None:
     """Config files say `from configs import base`; outside a checkout that is the folder inside the package."""
     if "configs" in sys.modules:
         return
-    for root in (PACKAGE.parent / "configs", PACKAGE / "_configs"):
-        if root.is_dir():
-            package = types.ModuleType("configs")
-            package.__path__ = [str(root)]
-            sys.modules["configs"] = package
-            return
+    package = types.ModuleType("configs")
+    package.__path__ = [str(root) for root in roots()[:1]]
+    sys.modules["configs"] = package
 
 
 def override(tree: dict, key: str, text: str) -> None:
@@ -184,9 +181,8 @@ def build(cls: type, values: Mapping, where: str) -> Any:
     names = [f.name for f in dataclasses.fields(cls) if f.init]
     for key in values:
         if key not in names:
-            raise UserError(
-                f"{where}.{key} is not a configuration key{nearest(key, names)}; {where} has {', '.join(names)}"
-            )
+            hint = nearest(key, names) or f"; {where} has {', '.join(names)}"
+            raise UserError(f"{where}.{key} is not a configuration key{hint}")
     return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
 
 

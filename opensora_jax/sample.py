@@ -143,6 +143,8 @@ def read_prompts(prompts: list[str], file: str | None) -> list[str]:
                 lines = handle.read().splitlines()
         except OSError as error:
             raise UserError(f"--prompt_file={file}: {error.strerror}") from None
+        if not lines:
+            raise UserError(f"{file} is empty; give one prompt a line")
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 raise UserError(f"{file} line {number} is empty; give one prompt a line")

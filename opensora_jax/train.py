@@ -64,10 +64,17 @@ def main(argv=None) -> int:
     # ---- mesh ----------------------------------------------------------------------------------------------------
     layout = shard.layout(make_mesh(cfg.mesh), cfg.mesh.rules)
     with shard.use(layout), contextlib.ExitStack() as cleanup:
-        # ---- networks, optimizer, state --------------------------------------------------------------------------
+        # ---- data: what is wrong with it shows before anything is loaded -----------------------------------------
         assembly = assemble(cfg)
         trainer = Trainer(cfg, assembly, layout)
         network = trainer.trained_network()
+        loader = make_loader(
+            trainer.data_config(), process_index=jax.process_index(), process_count=jax.process_count()
+        )
+        cleanup.callback(loader.close)
+        needs_frozen = trainer.needs_frozen(loader)
+
+        # ---- optimizer, state ------------------------------------------------------------------------------------
         mask = optimizer.trainable(network.trainable, cfg.optimizer.freeze)
         tx = optimizer.make(cfg.optimizer, cfg.steps, mask)
         abstract = abstract_state(network, tx, layout)
@@ -78,18 +85,11 @@ def main(argv=None) -> int:
             scratch=lambda params: init_state(network, tx, abstract, jax.random.key(cfg.seed), params),
         )
         start = int(state["step"])
+        trainer.check_cursor(loader, cursor)
+        loader.seek(cursor["step"] if cursor else 0)
         log.logger.info("%s; %s parameters on %d devices", how, f"{network.count():,}", jax.device_count())
 
-        # ---- data ------------------------------------------------------------------------------------------------
-        loader = make_loader(
-            trainer.data_config(),
-            start_step=cursor["step"] if cursor else 0,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        cleanup.callback(loader.close)
-        trainer.check_cursor(loader, cursor)
-        frozen = assembly.frozen(layout) if trainer.needs_frozen(loader) else {}
+        frozen = assembly.frozen(layout) if needs_frozen else {}
         frozen |= trainer.perceptual_params()
 
         # ---- step and loop ---------------------------------------------------------------------------------------

@@ -11,6 +11,18 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
+_showing: list["Progress"] = []  # bars of this process, the innermost last
+
+
+def say(line: str) -> None:
+    """A line on stderr; above the bar, when one is showing."""
+    bars = [bar for bar in _showing if not (bar.quiet or bar.stream.closed)]
+    if bars:
+        bars[-1].write(line)
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
 class Progress:
     """with Progress("sampling", total=30) as bar: bar.update(1, "loss 0.12")"""
 
@@ -23,11 +35,14 @@ class Progress:
         self.every = 0.1 if self.live else every_seconds
         self.quiet = quiet
         self.began = self.shown = time.monotonic()
+        _showing.append(self)
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
+        if self in _showing:
+            _showing.remove(self)
         if self.quiet:
             return
         self._show("" if kind is None else "stopped", force=True)
@@ -42,11 +57,13 @@ class Progress:
             self._show(self.note)
 
     def write(self, line: str) -> None:
-        """A line of its own, above the bar."""
+        """A line of its own, above the bar, which is drawn again below it."""
         if self.quiet:
             return
         self.stream.write(("\r\x1b[K" if self.live else "") + line + "\n")
         self.stream.flush()
+        if self.live:
+            self._show("")
 
     @property
     def eta(self) -> float:

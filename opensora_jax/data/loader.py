@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from opensora_jax.common.errors import UserError
+from opensora_jax.common.progress import say
 from opensora_jax.data.buckets import Bucket, BucketTable
 from opensora_jax.data.buffers import BufferPool
 from opensora_jax.data.masks import MaskGenerator, condition_frames, latent_frames, pick_mask_type
@@ -88,6 +89,8 @@ def make_loader(
     source = source or open_sources(config)
     plan = make_plan(config, source)
     plan.check(allow_starving=config.allow_starving)
+    if process_index == 0 and plan.rejected():
+        say(f"data: {plan.format_report().splitlines()[-1]}")
     for row in plan.report():
         if row["batch"] % process_count:
             raise UserError(
@@ -237,17 +240,22 @@ class Loader:
     def __init__(self, steps: StepSource, start_step: int):
         self.config, self.plan, self.latents = steps.config, steps.plan, steps.source.latents
         self.plan_hash = self.plan.fingerprint()
-        self.next_step = start_step
         self.bad = Counter()  # id → times met
         self.read = 0
         self.wait_seconds = 0.0
-        self._stream = _grain_stream(steps, start_step)
+        self._steps = steps
+        self.seek(start_step)
+
+    def seek(self, step: int) -> None:
+        """The next batch is that of `step`; reading ahead begins with the first."""
+        self.next_step, self._stream = step, None
 
     def __iter__(self):
         return self
 
     def __next__(self) -> tuple[dict, StepInfo]:
         began = time.perf_counter()
+        self._stream = self._stream or _grain_stream(self._steps, self.next_step)
         element = next(self._stream)
         waited = time.perf_counter() - began
         self.wait_seconds += waited
@@ -289,7 +297,7 @@ class Loader:
         self.read += len(element["bad"]) + len(element.get("ids", ()))
         for name, reason in element["bad"]:
             if name not in self.bad:
-                print(f"data: skipped record {name}: {reason}", flush=True)
+                say(f"data: skipped record {name}: {reason}")
             self.bad[name] += 1
         bad = sum(self.bad.values())
         if bad > self.config.max_bad_share * self.read and self.read >= min(200, len(self.plan.shapes)):

@@ -100,10 +100,12 @@ class Plan:
         rows = self.report()
         starving = [row for row in rows if row["note"]]
         if not any(row["batches"] for row in rows) or (starving and not allow_starving):
-            what = "no bucket has enough clips for one batch" if len(starving) == len(rows) else "some buckets starve"
+            short = f"{len(starving)} of {len(rows)} buckets have too few clips for one batch"
+            what = "no bucket has enough clips for one batch" if len(starving) == len(rows) else short
             raise UserError(
-                f"data: {what}.\n{self.format_report()}\nLower the batch size, take the rows out of data.buckets, add clips "
-                "that fit, or set data.allow_starving=True to train on what there is."
+                f"data: {what}: lower the batch size, take the rows out of data.buckets, add clips that fit, or set "
+                "data.allow_starving=True to train on what there is",
+                self.format_report(),
             )
 
     def report(self, epoch: int = 0) -> list[dict]:
@@ -199,7 +201,7 @@ class Plan:
 
     def _checked(self, length: int) -> int:
         if not length:
-            raise UserError(f"data: no bucket has enough clips for one batch.\n{self.format_report()}")
+            raise UserError("data: no bucket has enough clips for one batch", self.format_report())
         return length
 
 

@@ -5,7 +5,13 @@ when everything in it is on disk. The ladder, in order: resume this run > resume
 weights (`init_from`) > scratch.
 """
 
+import errno
+import functools
+import gc
+import logging
 import os
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -58,10 +64,11 @@ class Checkpoints:
             return
         items = {name: ocp.args.StandardSave(state[name]) for name in ("params", "ema", "opt")}
         items |= {"meta": ocp.args.JsonSave(meta | {"step": step}), "data": ocp.args.JsonSave(data)}
+        _hush_writers()
         try:
             self.manager.save(step, args=ocp.args.Composite(**items))
-        except OSError as error:
-            raise UserError(f"could not save step {step} to {self.folder}: {error.strerror or error}") from None
+        except Exception as error:  # its own, or that of an earlier one which was written meanwhile
+            raise self._unfinished(error) from error
 
     def restore(self, abstract: dict, step: int | None = None) -> tuple[dict, dict, dict]:
         """The whole state on the mesh that `abstract` names, whatever mesh it was saved from; meta; data cursor."""
@@ -85,9 +92,15 @@ class Checkpoints:
         try:
             self.manager.wait_until_finished()
         except Exception as error:
-            raise UserError(
-                f"could not finish a checkpoint in {self.folder}: {error}; the last whole one is step {self.latest()}"
-            ) from None
+            raise self._unfinished(error) from error
+
+    def _unfinished(self, error: Exception) -> UserError:
+        gc.collect()  # what the broken save left half done, while nobody looks
+        whole = f"the last whole one is step {self.latest()}" if self.steps() else "there is no whole one yet"
+        return UserError(
+            f"could not finish a checkpoint in {self.folder}: {_reason(error)}; {whole}: mend that, then give the same "
+            "command again"
+        )
 
     def close(self) -> None:
         self.wait()
@@ -120,3 +133,31 @@ class Checkpoints:
         except (ValueError, KeyError) as error:
             first = str(error).strip().splitlines()[0][:300]
             raise UserError(f"{self.folder}/{step} does not fit this config's model or optimizer: {first}") from None
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, out of the nested sentences of TensorStore."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE):
+        if os.strerror(code) in text:
+            return os.strerror(code)
+    return text.strip().splitlines()[0][:300]
+
+
+@functools.cache
+def _hush_writers() -> None:
+    """A save that fails raises where it is waited for, and we say so. Before that Orbax and TensorStore print it a
+    hundred times, from threads that cannot know (orbax 0.12, November 2026); `--debug` lets them."""
+    if "--debug" in sys.argv:
+        return
+    logging.getLogger("absl").addFilter(lambda said: "orbax" not in said.pathname or said.levelno < logging.ERROR)
+    logging.getLogger("asyncio").addFilter(lambda said: "never retrieved" not in said.getMessage())
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    unraisable = sys.unraisablehook
+
+    def hook(given):
+        late = str(given.exc_value) == "Event loop is closed"  # a write that ends after the save was given up
+        if not late and "orbax" not in str(getattr(given.object, "cr_code", "")):
+            unraisable(given)
+
+    sys.unraisablehook = hook

@@ -7,7 +7,7 @@ import jax
 
 from opensora_jax.common.clock import Stopwatch
 from opensora_jax.common.errors import UserError
-from opensora_jax.common.progress import Progress
+from opensora_jax.common.progress import Progress, say
 
 # Dense bf16 peak by device kind, FLOP/s: data sheets of the vendors (November 2026).
 PEAKS = {
@@ -97,7 +97,7 @@ class Stopper:
 
     def _ask(self, *_):
         self.asked = True
-        print("SIGTERM: saving and leaving after this step", flush=True)
+        say("SIGTERM: saving and leaving after this step")
 
     def restore(self):
         signal.signal(signal.SIGTERM, self.before)
@@ -126,7 +126,5 @@ class Profiler:
         elif self.running and step > self.steps[-1]:
             jax.profiler.stop_trace()
             self.running = False
-            print(
-                f"profile of steps {self.steps[0]}-{self.steps[-1]}: {self.folder} ({time.strftime('%H:%M:%S')})",
-                flush=True,
-            )
+            steps = f"{self.steps[0]}-{self.steps[-1]}"
+            say(f"profile of steps {steps}: {self.folder} ({time.strftime('%H:%M:%S')})")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from etils import epath
 
+from opensora_jax.common.progress import say
+
 
 class MetricWriter:
     """Writes on process 0 only; a failing back end is reported once and left out, it never stops a run."""
@@ -56,7 +58,7 @@ class MetricWriter:
                     sink.flush() if kind == "flush" else getattr(sink, kind)(step, payload)
                 except Exception as error:
                     self._sinks.remove(sink)
-                    print(f"metrics: {type(sink).__name__[1:]} stopped ({error}); the run goes on", flush=True)
+                    say(f"metrics: {type(sink).__name__[1:]} stopped ({error}); the run goes on")
             if kind == "flush":
                 payload.set()
 

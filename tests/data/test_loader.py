@@ -111,7 +111,7 @@ def test_bad_records_are_replaced_by_the_same_clips_everywhere(config, shards, t
     shares = [take(lenient, 12, process_index=i, process_count=2) for i in range(2)]
     for step, (batch, _) in enumerate(whole):
         np.testing.assert_array_equal(np.concatenate([share[step][0]["video"] for share in shares]), batch["video"])
-    said = capfd.readouterr().out
+    said = capfd.readouterr().err
     assert all(name in said for name in names)
 
 

@@ -11,26 +11,15 @@ from PIL import Image
 from opensora_jax import config, sample
 from opensora_jax.common.errors import UserError
 from opensora_jax.data.video_io import probe, read_frames
-from opensora_jax.pipeline import Pipeline, SamplingConfig, assemble
-from opensora_jax.training.run import RunConfig
+from opensora_jax.pipeline import Pipeline, SamplingConfig
 from tests.conftest import REPO
 
 TEXTS = ["a red circle moving left", "a blue square moving up"]
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    cfg = config.build(RunConfig, config.read_file("configs/debug.py"), "config")
-    assembly = assemble(cfg)
-    params = {name: jax.jit(net.init)(jax.random.key(7)) for name, net in assembly.system.networks.items()}
-    target = tmp_path_factory.mktemp("pipeline") / "debug"
-    Pipeline(assembly.system, params, assembly.sampling, assembly.tokenizer).save_pretrained(target)
-    return target
-
-
-@pytest.fixture(scope="session")
-def pipe(folder):
-    return Pipeline.from_pretrained(str(folder))
+def pipe(pipeline_folder):
+    return Pipeline.from_pretrained(str(pipeline_folder))
 
 
 @pytest.fixture(scope="session")
@@ -75,11 +64,11 @@ def test_settings_that_do_not_fit(pipe, settings, message):
         pipe(TEXTS[0], **settings)
 
 
-def test_the_command_writes_videos_and_says_how(folder, tmp_path):
+def test_the_command_writes_videos_and_says_how(pipeline_folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(TEXTS) + "\n")
     flags = [
-        f"--from={folder}",
+        f"--from={pipeline_folder}",
         f"--prompt_file={prompts}",
         "--seed=3",
         f"--out={tmp_path / 'out'}",
@@ -95,12 +84,12 @@ def test_the_command_writes_videos_and_says_how(folder, tmp_path):
     assert videos[0].with_suffix(".gif").exists()
 
 
-def test_the_command_goes_on_from_an_image(folder, tmp_path):
+def test_the_command_goes_on_from_an_image(pipeline_folder, tmp_path):
     """Two clips of 34 frames that share 17."""
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     Image.fromarray(image).save(tmp_path / "first.png")
     flags = [
-        f"--from={folder}",
+        f"--from={pipeline_folder}",
         "--prompt=|0|a red circle|1|a blue square",
         f"--image={tmp_path / 'first.png'}",
         "--loop=2",
