@@ -161,7 +161,11 @@ def shown(value) -> str:
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = argparse.ArgumentParser(
+        prog="python -m data_pipelines.analyze",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     flags.add_argument("--input", required=True)
     flags.add_argument("--output", required=True)
     flags.add_argument("--columns", default="", help="names with commas; without it the usual ones that are there")

@@ -14,9 +14,12 @@ from data_pipelines.stage import Stage, configure, find
 from opensora_jax.common.errors import UserError, guarded
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
+def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog=f"python -m data_pipelines.{name}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     made.add_argument("--input", required=True, help="a folder of videos, or a .parquet or .csv with a column path")
     made.add_argument("--output", required=True, help="folder for results; a run continues what it finds there")
@@ -47,7 +50,7 @@ def stage(cls: type[Stage], argv: Sequence[str] | None = None) -> int:
         name = cls.__module__.rsplit(".", 1)[-1]
     import importlib
 
-    flags = parser(importlib.import_module(cls.__module__).__doc__)
+    flags = parser(name, importlib.import_module(cls.__module__).__doc__)
     hints = typing.get_type_hints(cls.Config)
     for field in dataclasses.fields(cls.Config):
         default = "required" if field.default is dataclasses.MISSING else f"default {field.default!r}"

@@ -69,7 +69,7 @@ def steps(config: ml_collections.ConfigDict) -> list[Step]:
 
 
 def main() -> None:
-    flags = entry.parser(__doc__)
+    flags = entry.parser("run", __doc__)
     flags.add_argument("--config", required=True)
     args, rest = flags.parse_known_args()
     plan = steps(load(args.config, rest))

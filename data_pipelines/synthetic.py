@@ -211,7 +211,11 @@ def plain(folder: str, count: int, first: int = 0) -> None:
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = argparse.ArgumentParser(
+        prog="python -m data_pipelines.synthetic",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     flags.add_argument("--output", required=True)
     flags.add_argument("--plain", type=int, default=0)
     args = flags.parse_args()

@@ -271,7 +271,11 @@ WHOLE = (
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = argparse.ArgumentParser(
+        prog="python -m data_pipelines.table",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     flags.add_argument("verb", choices=[*STREAMED, *WHOLE, "shard"])
     flags.add_argument("--input", required=True, type=lambda text: text.split(","))
     flags.add_argument("--output", type=lambda path: files.absolute(path))

@@ -1,4 +1,4 @@
-"""python -m opensora_jax.encode --config=configs/encode.py --out=DIR [--config.data.source=clips.csv ...]
+"""python -m opensora_jax.encode --config=configs/debug.py --out=DIR [--config.data.source=clips.csv ...]
 
 Clips → VAE latents and text features as ArrayRecord shards, so that training needs neither encoder. Reads the data
 section, the pipeline and the mesh of a run's configuration; every clip is written once, at its bucket's shape. An

@@ -180,7 +180,10 @@ def write_shapes(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the procedural shapes data set as ArrayRecord shards.")
+    parser = argparse.ArgumentParser(
+        prog="python -m opensora_jax.data.shapes",
+        description="Write the procedural shapes data set as ArrayRecord shards.",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for the shards")
     parser.add_argument("--split", default="train", choices=("train", "heldout", "all"))
     parser.add_argument("--count", type=int, default=4096, help="number of clips")

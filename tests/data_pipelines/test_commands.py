@@ -24,7 +24,7 @@ def test_commands_that_need_weights_or_servers_have_real_flags(monkeypatch):
     for words in commands("sh"):
         stage = words[2].split(".")[-1]
         given = dict(word.removeprefix("--").split("=", 1) for word in words[3:])
-        shared = {action.dest for action in entry.parser("")._actions} | {"config"}
+        shared = {action.dest for action in entry.parser("", "")._actions} | {"config"}
         options = {name: value for name, value in given.items() if name not in shared}
         if stage != "run":
             configure(find(stage), options)
