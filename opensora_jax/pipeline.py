@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from opensora_jax import __version__, locate
+from opensora_jax.common.aspect import in_tables
 from opensora_jax.common.errors import UserError
 from opensora_jax.config import Part, build, part, to_plain
 from opensora_jax.generator import CLIP_TOKENS, Generator, Request, SamplingConfig, check_asked, objective_of
@@ -228,9 +229,10 @@ def check_sampling(cfg: SamplingConfig, system: System) -> None:
         raise UserError("steps, frames, height, width and loop must be at least 1")
     down = math.prod(system.latent_size(1, 512, 512)[1:])
     factor = round((512 * 512 / down) ** 0.5)
-    if "y_vec" in system.takes:  # MMDiT's patches are not padded
-        factor *= system.denoiser.config.patch_size
-    if cfg.height % factor or cfg.width % factor:
+    padded = "y_vec" not in system.takes  # MMDiT's patches are not
+    factor *= 1 if padded else system.denoiser.config.patch_size
+    whole = cfg.height % factor == 0 and cfg.width % factor == 0
+    if not whole and not (padded and in_tables(cfg.height, cfg.width)):
         fit = lambda n: max(factor, round(n / factor) * factor)
         raise UserError(
             f"{cfg.height}x{cfg.width} does not fit: height and width must be multiples of {factor} for this pipeline; "

@@ -87,6 +87,11 @@ def aspect_table(
     return _PIXELS[name], table
 
 
+def in_tables(height: int, width: int) -> bool:
+    """Whether 1.x trained at this size. Its tables have sides that no VAE divides; these are cut (426 pixels, 53 latents)."""
+    return any((height, width) in aspect_table(name, "1.2")[1].values() for name in resolutions("1.2"))
+
+
 def closest_ratio(height: float, width: float, table: dict[str, tuple[int, int]]) -> str:
     """The ratio of the table nearest to a clip's own; the first wins a tie."""
     return min(table, key=lambda name: abs(ratio_value(name) - height / width))

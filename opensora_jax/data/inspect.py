@@ -52,8 +52,7 @@ def main(argv=None) -> int:
     if args.output:
         folder = Path(args.output)
         folder.mkdir(parents=True, exist_ok=True)
-        histogram(folder / "histogram.png", source, plan)
-        print(f"\n{folder / 'histogram.png'}")
+        print(f"\n{histogram(folder / 'histogram.png', source, plan)}")
         if not source.latents:
             print(f"{samples(folder / 'samples.png', source)}: {folder / 'samples.png'}")
     return 0
@@ -84,12 +83,12 @@ def summary(source) -> str:
     return "\n".join(lines)
 
 
-def histogram(path: Path, source, plan) -> None:
-    """Frames, pixels and aspect ratio of the clips, and clips a bucket."""
+def histogram(path: Path, source, plan) -> str:
+    """Frames, pixels and aspect ratio of the clips, and clips a bucket; where the picture is."""
     try:
         import matplotlib
     except ImportError:
-        raise UserError("histogram.png needs matplotlib: pip install 'opensora-jax[viz]'") from None
+        return f"no {path.name}, which needs matplotlib: pip install 'opensora-jax[viz]'"
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -109,6 +108,7 @@ def histogram(path: Path, source, plan) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+    return str(path)
 
 
 def samples(path: Path, source) -> str:

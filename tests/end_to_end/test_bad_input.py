@@ -8,15 +8,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from opensora_jax import encode, sample, train
+from opensora_jax.common.aspect import image_size
 from opensora_jax.common.errors import UserError, guarded
 from opensora_jax.data import inspect
 from opensora_jax.data.loader import DataConfig, make_loader
 from opensora_jax.data.video_io import write_video
+from opensora_jax.pipeline import SamplingConfig, check_sampling
 from opensora_jax.training.checkpoint import CheckpointConfig, Checkpoints
 from tests.end_to_end.conftest import COMMON
 
@@ -139,6 +142,14 @@ def test_a_broken_clip_is_skipped_and_many_end_the_run(folder, monkeypatch, caps
     line, _, names = str(error.value).rpartition(": ")
     assert re.sub(r"\d+ of \d+", "6 of 16", f"{line}: NAMES") == ROWS["many clips cannot be decoded"]
     assert "clips/broken" in names
+
+
+def test_sizes_that_1_x_trained_at_are_taken_though_no_vae_divides_them():
+    by_eight = SimpleNamespace(takes=(), latent_size=lambda frames, height, width: (frames, height // 8, width // 8))
+    size = lambda height, width: SamplingConfig(height=height, width=width)
+    check_sampling(size(*image_size("240p", "9:16")), by_eight)  # 240 x 426
+    with pytest.raises(UserError, match="nearest: 240x432"):
+        check_sampling(size(240, 430), by_eight)
 
 
 @contextlib.contextmanager
