@@ -82,9 +82,10 @@ def stdit_attention(
     b, t, s, c3 = qkv_btsc.shape
     heads = Heads(num_heads, c3 // 3 // num_heads)
     interpret = spec.platform() != "tpu" if interpret is None else interpret
-    extras = {} if q_scale is None else {"norm": norm_rows(heads, q_scale, k_scale)}
+    norm = None if q_scale is None else norm_rows(heads, q_scale, k_scale)
     if mode == "temporal":
-        return stdit_tpu_temporal.attend(qkv_btsc, heads, extras, rope, norm_before_rope, kv_mask, interpret)
+        return stdit_tpu_temporal.attend(qkv_btsc, heads, norm, rope, norm_before_rope, kv_mask, interpret)
+    extras = {} if norm is None else {"norm": norm}
     blocks = [block or even_blocks(s, QUERY_BLOCK[stage]) for stage in ("forward", "backward")]
     problem = Problem(heads, s, *blocks, norm_before_rope, t, interpret)
     if rope is not None:

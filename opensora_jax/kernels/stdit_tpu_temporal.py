@@ -1,10 +1,11 @@
 """Fused STDiT attention on TPUs (Pallas, Mosaic), temporal mode: T tokens at each of S positions, T up to 128.
 
-One program takes [T, G neighbouring positions, 3C] as it lies in memory. Up to T = 16 all of it is one tile of scores;
-above, a tile holds a few positions over all T: the block is laid out in fast memory as 32-bit words (two bfloat16
-positions each), so that a load with a stride picks one pair of positions over time. Rows of different positions hide
-each other through an additive block-diagonal table that stays in fast memory. Softmax is a single pass; backward
-recomputes the scores, and dq, dk, dv come out of one kernel.
+One program takes [T, G neighbouring positions, 3C] as it lies in memory and lays it out in fast memory as 32-bit words,
+two bfloat16 positions each, in which a load with a stride picks one pair of positions over time: a tile of scores is
+[128, 128] however long T is (more only where two positions of T do not fit). Norm and rotation happen before, on whole
+channels (tpu_channels.py). Positions of one tile hide each other inside the product: the lanes of q that belong to other
+heads carry the bits of its position, those of k a penalty for each bit that differs. Softmax is a single pass; its sums
+are divided out once for all heads. The backward pass is in stdit_tpu_temporal_backward.py.
 """
 
 import functools
@@ -16,23 +17,17 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from opensora_jax.kernels import spec
+from opensora_jax.kernels import stdit_tpu_temporal_backward, tpu_channels
 from opensora_jax.kernels.spec import Call, Unsupported
-from opensora_jax.kernels.tpu_lanes import (
-    COLUMNS_BY_COLUMNS,
-    LANES,
-    LOG2E,
-    ROWS_BY_ROWS,
-    TINY,
-    Heads,
-    Preparation,
-    dot,
-    norm_weight,
-)
+from opensora_jax.kernels.tpu_lanes import LANES, ROWS_BY_ROWS, Heads, dot
 
 MAX_ROW = 128
-BLIND = -1e30
+TILE_ROWS = 128
+CHUNK_ROWS = 128  # normalised and rotated at once
 TOGETHER = 4  # heads whose stages interleave: hides the latency of one behind the others
+PERIOD = 8  # lanes of a position's code: four bits and their complements, so 16 positions a tile
+FAR = -1e9
+HIGH_HALF = np.int32(-65536)
 VMEM_LIMIT = 100 << 20
 
 
@@ -84,282 +79,292 @@ class Problem(NamedTuple):
 
 
 def supports(call: Call) -> None:
+    heads = Heads(call.heads, call.head_dim)
     if call.queries > MAX_ROW:
         raise Unsupported(f"{call.queries} frames are more than {MAX_ROW}")
+    if heads.dim > LANES - PERIOD:
+        raise Unsupported(f"head_dim {heads.dim} leaves fewer than {PERIOD} lanes of {LANES}")
+    tpu_channels.marks(heads)
 
 
-def tile_rows() -> int:
-    """Rows of a tile of scores: what the static schedule prefers (v5e: 128, v6e: 256; 2026-11-21)."""
-    return 128 if spec.chip() == "v5e" else 256
-
-
-def attend(qkv_btsc, heads, extras, rope, norm_first, kv_mask, interpret, block=None, units=None):
-    b, t, s, c3 = qkv_btsc.shape
+def attend(qkv_btsc, heads, norm, rope, norm_first, kv_mask, interpret):
+    _, t, s, _ = qkv_btsc.shape
     itemsize = qkv_btsc.dtype.itemsize
-    if block is None:
-        block = 16 if t <= 64 else 8
-    if units is None:
+    block = 8 if t > 64 and itemsize == 4 else 16
+    units = 0
+    if t * block > TILE_ROWS:
         rows = -(-t // 8) * 8 * 4 // itemsize  # of one strided load
-        units = 0 if t * block <= 256 else max(1, min(block * itemsize // 4, tile_rows() // rows))
-        while block * itemsize // 4 % max(units, 1):
+        units = max(1, min(block * itemsize // 4, TILE_ROWS // rows))
+        while block * itemsize // 4 % units:
             units -= 1
     problem = Problem(heads, t, s, block, units, itemsize, norm_first, interpret)
-    extras = dict(extras)
-    frame, position = problem.frame_of_row(), problem.position_of_row()
-    same = (position[:, None] == position[None, :]) & (frame < t)[None, :]
-    shown = jnp.asarray(same)[None]
-    if kv_mask is not None:
-        shown = shown & kv_mask[:, np.minimum(frame, t - 1)][:, None, :]
-    extras["bias"] = jnp.where(shown, 0.0, BLIND).astype(jnp.float32)
-    if rope is not None:
-        tables = jnp.stack([table.astype(jnp.float32)[np.minimum(frame, t - 1)] for table in rope])
-        extras["rope"] = jnp.tile(tables, (1, 1, heads.count))
-    return _attend(qkv_btsc, extras, problem)
+    shown = None if kv_mask is None else kv_mask.astype(jnp.float32)
+    out = _attend(qkv_btsc, norm, rope, shown, problem)
+    return out if kv_mask is None else jnp.where(kv_mask.any(-1)[:, None, None, None], out, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _attend(qkv, extras, problem):
-    return _call(_forward_kernel, "stdit_temporal", problem, 1, qkv, extras)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(qkv, norm, rope, shown, problem):
+    return _call(qkv, norm, rope, shown, problem)
 
 
-def _attend_forward(qkv, extras, problem):
-    return _attend(qkv, extras, problem), (qkv, extras)
+def _attend_forward(qkv, norm, rope, shown, problem):
+    return _call(qkv, norm, rope, shown, problem), (qkv, norm, rope, shown)
 
 
 def _attend_backward(problem, residuals, d_out):
-    qkv, extras = residuals
-    d_qkv, *d_norm = _call(_backward_kernel, "stdit_temporal_backward", problem, 3, qkv, extras, d_out)
-    d_extras = jax.tree.map(jnp.zeros_like, extras)
-    if d_norm:
-        d_extras["norm"] = d_norm[0].sum((0, 1, 3))
-    return d_qkv, d_extras
+    qkv, norm, rope, shown = residuals
+    d_qkv, d_norm = stdit_tpu_temporal_backward.gradients(qkv, norm, rope, shown, d_out, problem, VMEM_LIMIT)
+    return d_qkv, d_norm, jax.tree.map(jnp.zeros_like, rope), jax.tree.map(jnp.zeros_like, shown)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _call(kernel, name, problem, width, qkv, extras, *d_out):
-    """`width`: channels of the result in units of C."""
+def _call(qkv, norm, rope, shown, problem):
+    heads = problem.heads
     b, t, s, c3 = qkv.shape
-    channels, block = c3 // 3, problem.block
-    grid = (b, -(-s // block))
-    tile = lambda n: pl.BlockSpec((1, t, block, n * channels), lambda i, j: (i, 0, j, 0))
+    q_code, k_code = codes(problem, shown)
+    extras = tpu_channels.tables(heads, norm, rope, problem.norm_first)
+    extras |= {"spread": tpu_channels.spreading(heads, qkv.dtype)}
+    extras |= {"q_code": q_code.astype(qkv.dtype), "k_code": k_code.astype(qkv.dtype)}
     whole = lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
     specs = {key: whole(x) for key, x in extras.items()}
-    if extras["bias"].shape[0] > 1:
-        specs["bias"] = pl.BlockSpec((1, *extras["bias"].shape[1:]), lambda i, j: (i, 0, 0))
-    out_specs, out_shape = [tile(width)], [jax.ShapeDtypeStruct((b, t, s, width * channels), qkv.dtype)]
-    if d_out and "norm" in extras:
-        out_specs.append(pl.BlockSpec((1, 1, 2, 8, channels), lambda i, j: (i, j, 0, 0, 0)))
-        out_shape.append(jax.ShapeDtypeStruct((*grid, 2, 8, channels), jnp.float32))
-    scratch = []
-    if problem.units:
-        word = jnp.float32 if problem.itemsize == 4 else jnp.int32
-        words = problem.padded * problem.words
-        inputs = 3 * problem.heads.tiles + (problem.heads.tiles if d_out else 0)
-        scratch = [pltpu.VMEM((n, words, LANES), word) for n in (inputs, width * problem.heads.tiles)]
+    if shown is not None:
+        specs["k_code"] = pl.BlockSpec((1, *k_code.shape[1:]), lambda i, j: (i, 0, 0))
+    tile = lambda n: pl.BlockSpec((1, t, problem.block, n * heads.channels), lambda i, j: (i, 0, j, 0))
+    word = jnp.float32 if problem.itemsize == 4 else jnp.int32
+    run = functools.partial(kernel, problem=problem)
+    normed = norm is not None
     return pl.pallas_call(
-        functools.partial(kernel, problem=problem),
-        grid=grid,
-        in_specs=[tile(3), *(tile(1) for _ in d_out), specs],
-        out_specs=out_specs,
-        out_shape=out_shape,
-        scratch_shapes=scratch,
+        lambda qkv_ref, refs, *rest: run(qkv_ref, refs | {"norm": normed}, *rest),
+        grid=(b, -(-s // problem.block)),
+        in_specs=[tile(3), specs],
+        out_specs=tile(1),
+        out_shape=jax.ShapeDtypeStruct((b, t, s, heads.channels), qkv.dtype),
+        scratch_shapes=[
+            pltpu.VMEM((3 * heads.tiles, problem.padded * problem.words, LANES), word),
+            pltpu.VMEM((2 * heads.tiles, max(problem.rows, CHUNK_ROWS), LANES), jnp.float32),
+        ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_LIMIT),
         interpret=problem.interpret,
-        name=name,
-    )(qkv, *d_out, extras)
+        name="stdit_temporal",
+    )(qkv, extras)
 
 
-class _Block:
-    """Reads and writes [rows, 128] tiles of one program's block, either as they lie or through the word scratch."""
+def codes(problem, seen):
+    """Of the lanes that belong to other heads: q's [rows, 128] and k's [B or 1, rows, 128]."""
+    position, frame = problem.position_of_row(), problem.frame_of_row()
+    lane = np.arange(LANES) % PERIOD
+    bit = (position[:, None] >> lane // 2 & 1) == lane % 2
+    shown = jnp.asarray(frame < problem.frames)[None]
+    if seen is not None:
+        shown = shown & (seen[:, np.minimum(frame, problem.frames - 1)] > 0)
+    hidden = jnp.where(jnp.asarray(bit)[None] & shown[:, :, None], 0.0, FAR)
+    return jnp.asarray(bit, jnp.float32), hidden
 
-    def __init__(self, problem, inputs, output, scratch):
-        self.problem, self.inputs, self.output = problem, inputs, output
-        self.words_in, self.words_out = scratch or (None, None)
-        self.dtype = output.dtype
-        self.exists = None
-        if problem.positions % problem.block:
-            first = pl.program_id(1) * problem.block
-            shape = (problem.frames, problem.block, LANES)
-            position = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-            self.exists = (position + first < problem.positions).reshape(-1, LANES)
-        if scratch:
-            self._lay_out()
 
-    def _raw(self, tile):
-        """[frames * block, 128] of tile `tile` of the concatenated inputs, zero beyond the last position."""
-        for ref in self.inputs:
-            count = ref.shape[-1] // LANES
-            if tile < count:
-                x = ref[0, :, :, tile * LANES : (tile + 1) * LANES].reshape(-1, LANES)
-                return x if self.exists is None else jnp.where(self.exists, x, jnp.zeros((), x.dtype))
-            tile -= count
-        raise AssertionError(tile)
+def lanes(tile):
+    return slice(tile * LANES, (tile + 1) * LANES)
 
-    def _lay_out(self):
-        """All inputs as words: row = frame * words + word."""
-        problem = self.problem
-        used = problem.frames * problem.words
-        for tile in range(self.words_in.shape[0]):
-            x = self._raw(tile)
-            self.words_in[tile, :used, :] = x if problem.pack == 1 else pltpu.bitcast(x, jnp.int32)
-            if problem.padded != problem.frames:
-                extra = (problem.padded - problem.frames) * problem.words
-                self.words_in[tile, used:, :] = jnp.zeros((extra, LANES), self.words_in.dtype)
 
-    def read(self, which, index):
-        """tile → [rows, 128] of input `which` (q, k, v, d_out)."""
-        problem = self.problem
-        if problem.units == 0:
-            return lambda tile: self._raw(which * problem.heads.tiles + tile)
+def words_of(x):
+    return x if x.dtype == jnp.float32 else pltpu.bitcast(x, jnp.int32)
 
-        def load(tile):
-            parts = []
-            for unit in range(problem.units):
-                at = pl.ds(index * problem.units + unit, problem.padded, stride=problem.words)
-                parts.append(self.words_in.at[which * problem.heads.tiles + tile][at, :])
-            x = parts[0] if len(parts) == 1 else jnp.concatenate(parts, 0)
-            return x if problem.pack == 1 else pltpu.bitcast(x, self.dtype)
 
-        return load
+def values_of(words, dtype):
+    return words if dtype == jnp.float32 else pltpu.bitcast(words, dtype)
 
-    def write(self, tile, index, x):
-        problem = self.problem
-        x = x.astype(self.dtype)
-        if problem.units == 0:
-            shape = (problem.frames, problem.block, LANES)
-            self.output[0, :, :, tile * LANES : (tile + 1) * LANES] = x.reshape(shape)
-            return
-        words = x if problem.pack == 1 else pltpu.bitcast(x, jnp.int32)
-        for unit in range(problem.units):
-            at = pl.ds(index * problem.units + unit, problem.padded, stride=problem.words)
-            self.words_out.at[tile][at, :] = words[unit * problem.padded : (unit + 1) * problem.padded]
 
-    def finish(self):
-        """Words back to positions."""
-        problem = self.problem
-        for tile in range(self.words_out.shape[0] if problem.units else 0):
-            x = self.words_out[tile, : problem.frames * problem.words, :]
-            x = x if problem.pack == 1 else pltpu.bitcast(x, self.dtype)
-            shape = (problem.frames, problem.block, LANES)
-            self.output[0, :, :, tile * LANES : (tile + 1) * LANES] = x.reshape(shape)
+def unpack(words):
+    """float32 values of each position in a word."""
+    if words.dtype == jnp.float32:
+        return [words]
+    return [jax.lax.bitcast_convert_type(x, jnp.float32) for x in (words << 16, words & HIGH_HALF)]
 
-    def each(self, body):
-        """body(index) for every tile of scores."""
-        if self.problem.tiles == 1:
-            body(0)
+
+def pack(parts, interpret):
+    """The reverse, rounded."""
+    if len(parts) == 1:
+        return parts[0]
+    if not interpret:
+        return jax.lax.bitcast_convert_type(pltpu.pack_elementwise(parts, packed_dtype=jnp.bfloat16), jnp.int32)
+    low, high = (jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16).astype(jnp.float32), jnp.int32) for x in parts)
+    return jax.lax.shift_right_logical(low, 16) | high
+
+
+def each_chunk(problem, body):
+    """body(first frame, count) over all frames; the last chunk may repeat frames of the one before."""
+    count = min(problem.frames, max(1, CHUNK_ROWS // problem.block))
+    chunks = -(-problem.frames // count)
+    if chunks == 1:
+        body(0, count)
+    else:
+        jax.lax.fori_loop(
+            0, chunks, lambda i, _: (body(jnp.minimum(i * count, problem.frames - count), count), 0)[1], 0
+        )
+
+
+def prepare(problem, qkv_ref, extras, words, turned):
+    """All of q, k, v into words; q and k normalised and rotated."""
+    heads, dtype = problem.heads, qkv_ref.dtype
+    tiles = heads.tiles
+    pairs = [range(start, min(start + 2, tiles)) for start in range(0, tiles, 2)]
+    across = lambda pair: slice(pair[0] * LANES, (pair[-1] + 1) * LANES)
+
+    def chunk(first, count):
+        rows = count * problem.words
+        at = pl.ds(pl.multiple_of(first * problem.words, problem.words), rows)
+
+        # As 32-bit words in fast memory first: bfloat16 blocks arrive in half-filled registers.
+        for tile in range(3 * tiles):
+            x = qkv_ref[0, pl.ds(first, count), :, lanes(tile)]
+            words[tile, at] = words_of(x.reshape(count * problem.block, LANES))
+
+        def times(x, name, which, tile):
+            frames = pl.ds(first, count) if extras[name].shape[1] > 1 else slice(None)
+            table = extras[name][which, frames, :, lanes(tile)]
+            return (x.reshape(count, problem.words // 8, 8, LANES) * table[:, None]).reshape(rows, LANES)
+
+        def turn(x, which, tile):
+            """The rotation with everything folded into it: a list, one entry a position of the words."""
+            parts = [times(part, "a", which, tile) for part in unpack(x)]
+            if "b" in extras:
+                swapped = unpack(tpu_channels.swap(x))
+                parts = [y + times(part, "b", which, tile) for y, part in zip(parts, swapped)]
+            return parts
+
+        def roots(which):
+            """1 / root mean square as marks; what `turn` gave waits in fast memory."""
+            sums = 0.0
+            for pair in pairs:
+                squares = []
+                for tile in pair:
+                    x = words[which * tiles + tile, at]
+                    parts = turn(x, which, tile)
+                    for i, part in enumerate(parts):
+                        turned[which * tiles + tile, i * rows : (i + 1) * rows] = part
+                    source = parts if "last" in extras else unpack(x)
+                    squares.append(jnp.concatenate([jnp.square(part).astype(dtype) for part in source]))
+                sums = sums + dot(jnp.concatenate(squares, 1), extras["spread"][:, across(pair)], ROWS_BY_ROWS)
+            return tpu_channels.split(jax.lax.rsqrt(sums * (1.0 / heads.dim) + 1e-6), dtype)
+
+        def normalise(which, roots):
+            for pair in pairs:
+                spread = dot(roots, extras["spread"][:, across(pair)])
+                for i, tile in enumerate(pair):
+                    parts = []
+                    for start in range(0, rows * problem.pack, rows):
+                        y = turned[which * tiles + tile, start : start + rows] * spread[start : start + rows, lanes(i)]
+                        parts.append(times(y, "last", which, tile) if "last" in extras else y)
+                    words[which * tiles + tile, at] = pack(parts, problem.interpret)
+
+        if extras["norm"]:
+            for which, marks in enumerate([roots(0), roots(1)]):
+                normalise(which, marks)
         else:
-            jax.lax.fori_loop(0, self.problem.tiles, lambda i, _: (body(i), 0)[1], 0)
-        self.finish()
+            for tile in range(2 * tiles):
+                parts = turn(words[tile, at], tile // tiles, tile % tiles)
+                words[tile, at] = pack(parts, problem.interpret)
+
+    each_chunk(problem, chunk)
+    used = problem.frames * problem.words
+    for tile in range(3 * tiles if problem.padded != problem.frames else 0):
+        words[tile, used:, :] = jnp.zeros((words.shape[1] - used, LANES), words.dtype)
+    if problem.positions % problem.block:
+        pl.when(pl.program_id(1) == pl.num_programs(1) - 1)(functools.partial(clear, problem, words))
 
 
-def _own(heads, head, read, rows):
-    return jnp.where(heads.own(head, rows), heads.gather(read, head).astype(jnp.float32), 0.0)
+def clear(problem, words):
+    """Keys and values of positions that do not exist may be anything, even NaN."""
+    tiles, exist = problem.heads.tiles, problem.positions % problem.block
+    word = jax.lax.broadcasted_iota(jnp.int32, words.shape[1:], 0) & problem.words - 1
+    whole, part = word < exist // problem.pack, word <= exist // problem.pack
+
+    def body(tile, _):
+        x = words[tile]
+        zero = jnp.zeros_like(x)
+        inside = jnp.where(part, x & 0xFFFF, zero) if problem.pack == 2 and exist % 2 else zero
+        words[tile] = jnp.where(whole, x, inside)
+        return 0
+
+    jax.lax.fori_loop(tiles, 3 * tiles, body, 0)
 
 
-def _prepared(block, extras, head, which, index):
-    """Raw head and its preparation."""
-    problem = block.problem
-    tables = (None, None)
-    if "rope" in extras:
-        read = lambda i: lambda tile: extras["rope"][i, :, tile * LANES : (tile + 1) * LANES]
-        tables = tuple(problem.heads.gather(read(i), head) for i in range(2))
-    raw = _own(problem.heads, head, block.read(which, index), problem.rows)
-    weight = norm_weight(problem.heads, head, which, extras.get("norm"))
-    return raw, Preparation(weight, *tables, problem.norm_first, problem.heads.dim, block.dtype, matrix_sums=True)
+def load(problem, words, tile, index, dtype):
+    """[rows, 128] of one tile of scores."""
+    if problem.units == 0:
+        return values_of(words[tile], dtype)
+    parts = [
+        words.at[tile][pl.ds(index * problem.units + unit, problem.padded, stride=problem.words), :]
+        for unit in range(problem.units)
+    ]
+    return values_of(parts[0] if len(parts) == 1 else jnp.concatenate(parts, 0), dtype)
 
 
-def _scale(problem):
-    return problem.heads.dim**-0.5 * LOG2E
+def save(problem, words, tile, index, x):
+    x = words_of(x)
+    if problem.units == 0:
+        words[tile] = x
+        return
+    for unit in range(problem.units):
+        at = pl.ds(index * problem.units + unit, problem.padded, stride=problem.words)
+        words.at[tile][at, :] = x[unit * problem.padded : (unit + 1) * problem.padded]
 
 
-def _forward_kernel(qkv_ref, extras, o_ref, *scratch, problem):
-    heads = problem.heads
-    block = _Block(problem, [qkv_ref], o_ref, scratch)
-    dtype = o_ref.dtype
+def kernel(qkv_ref, extras, o_ref, words, gathered, *, problem):
+    heads, rows, dtype = problem.heads, problem.rows, o_ref.dtype
+    tiles = heads.tiles
+    where = tpu_channels.marks(heads)
+    prepare(problem, qkv_ref, extras, words, gathered)
 
-    def logits(index, head):
-        q, prepare = _prepared(block, extras, head, 0, index)
-        q = (prepare.forward(q) * _scale(problem)).astype(dtype)
-        if "norm" in extras or "rope" in extras:
-            k, prepare = _prepared(block, extras, head, 1, index)
-            k = prepare.forward(k).astype(dtype)
-        else:
-            k = heads.gather(block.read(1, index), head)  # foreign lanes meet zeros of q
-        return dot(q, k, ROWS_BY_ROWS) + extras["bias"][0]
-
-    def attended(index, head, weights, peak):
-        v = heads.gather(block.read(2, index), head)
-        v = jnp.where(heads.own(head, problem.rows), v, jnp.ones((), dtype))
-        out = dot(weights, v)
-        total = out[:, heads.spare(head) : heads.spare(head) + 1]
-        return out * jnp.where(peak > BLIND / 2, 1.0 / jnp.maximum(total, TINY), 0.0)
+    def operand(index, which, head, other):
+        x = heads.gather(lambda tile: load(problem, words, which * tiles + tile, index, dtype), head)
+        return jnp.where(heads.own(head, rows), x, other)
 
     def body(index):
-        tiles = [None] * heads.tiles
-        for first in range(0, heads.count, TOGETHER):
-            group = range(first, min(first + TOGETHER, heads.count))
-            scores = [logits(index, head) for head in group]
-            peaks = [x.max(-1, keepdims=True) for x in scores]
-            weights = [jnp.exp2(x - peak).astype(dtype) for x, peak in zip(scores, peaks)]
-            for head, w, peak in zip(group, weights, peaks):
-                heads.scatter(tiles, head, attended(index, head, w, peak))
-        for tile, x in enumerate(tiles):
-            block.write(tile, index, x)
+        lane = jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
+        totals = jnp.ones((rows, LANES), jnp.float32)
+        groups = [range(first, min(first + TOGETHER, heads.count)) for first in range(0, heads.count, TOGETHER)]
+        scores, weights = {}, {}
+        # One group's products run beside the softmax of the group before and the output of the one before that.
+        for step in range(len(groups) + 2):
+            for head in groups[step] if step < len(groups) else ():
+                q, k = operand(index, 0, head, extras["q_code"][...]), operand(index, 1, head, extras["k_code"][0])
+                scores[head] = dot(q, k, ROWS_BY_ROWS)
+            for head in groups[step - 1] if 0 <= step - 1 < len(groups) else ():
+                x = scores.pop(head)
+                weights[head] = jnp.exp2(x - x.max(-1, keepdims=True)).astype(dtype)
+            for head in groups[step - 2] if step >= 2 else ():
+                out = dot(weights.pop(head), operand(index, 2, head, jnp.ones((), dtype)))
+                totals = jnp.where((lane & ~1) == where[head], out, totals)
+                put(gathered, heads, head, out)
+        spread = tpu_channels.split(1.0 / totals, dtype)
+        for start in range(0, tiles, 2):
+            width = min(2, tiles - start)
+            scale = dot(spread, extras["spread"][:, start * LANES : (start + width) * LANES])
+            for i in range(width):
+                save(problem, words, start + i, index, (gathered[start + i, :rows] * scale[:, lanes(i)]).astype(dtype))
 
-    block.each(body)
+    if problem.tiles == 1:
+        body(0)
+    else:
+        jax.lax.fori_loop(0, problem.tiles, lambda i, _: (body(i), 0)[1], 0)
 
+    def finish(first, count):
+        at = pl.multiple_of(first * problem.words, problem.words)
+        for tile in range(tiles):
+            x = values_of(words[tile, pl.ds(at, count * problem.words), :], dtype)
+            o_ref[0, pl.ds(first, count), :, lanes(tile)] = x.reshape(count, problem.block, LANES)
 
-def _backward_kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
-    heads, rows = problem.heads, problem.rows
-    d_norm_ref, scratch = (rest[0], rest[1:]) if "norm" in extras else (None, rest)
-    block = _Block(problem, [qkv_ref, do_ref], d_ref, scratch)
-    dtype = d_ref.dtype
-    if d_norm_ref is not None:
-        d_norm_ref[...] = jnp.zeros_like(d_norm_ref)
-
-    def body(index):
-        tiles = [[None] * heads.tiles for _ in range(3)]
-        for head in range(heads.count):
-            own = heads.own(head, rows)
-            q_raw, q_prepare = _prepared(block, extras, head, 0, index)
-            k_raw, k_prepare = _prepared(block, extras, head, 1, index)
-            q = (q_prepare.forward(q_raw) * _scale(problem)).astype(dtype)
-            k = k_prepare.forward(k_raw).astype(dtype)
-            v = heads.gather(block.read(2, index), head)
-            do = jnp.where(own, heads.gather(block.read(3, index), head), jnp.zeros((), dtype))
-            scores = dot(q, k, ROWS_BY_ROWS) + extras["bias"][0]
-            peak = scores.max(-1, keepdims=True)
-            weights = jnp.exp2(scores - peak)
-            seen = jnp.where(peak > BLIND / 2, 1.0 / weights.sum(-1, keepdims=True), 0.0)
-            weights = weights * seen
-            d_weights = dot(do, v, ROWS_BY_ROWS)
-            slope = (weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True))).astype(dtype)
-            heads.scatter(tiles[2], head, dot(weights.astype(dtype), do, COLUMNS_BY_COLUMNS))
-            d_prepared = (
-                dot(slope, k) * heads.dim**-0.5,
-                dot(slope, q, COLUMNS_BY_COLUMNS) * (1 / LOG2E),
-            )
-            for which, (raw, prepare, d) in enumerate(zip((q_raw, k_raw), (q_prepare, k_prepare), d_prepared)):
-                d, d_weight = prepare.backward(raw, jnp.where(own, d, 0.0))
-                heads.scatter(tiles[which], head, d)
-                if d_weight is not None:
-                    _add(d_norm_ref, heads, head, which, d_weight)
-        for which in range(3):
-            for tile, x in enumerate(tiles[which]):
-                block.write(which * heads.tiles + tile, index, x)
-
-    block.each(body)
+    each_chunk(problem, finish)
 
 
-def _add(ref, heads, head, which, d_weight):
-    """Adds a head's rows to the sums [8, C] of one norm; the foreign lanes of d_weight are zero."""
-    tile, _, spans = heads.place(head)
-    total = d_weight.reshape(-1, 8, LANES).sum(0)
-    lane = jax.lax.broadcasted_iota(jnp.int32, total.shape, 1)
-    first = heads.place(head)[1]
-    for step in range(1 + spans):
-        here = jnp.where((lane >= first) == (step == 0), total, 0.0) if spans else total
-        lanes = slice((tile + step) * LANES, (tile + step + 1) * LANES)
-        ref[0, 0, which, :, lanes] = ref[0, 0, which, :, lanes] + here
+def put(tiles, heads, head, x):
+    """Writes the head's lanes; heads come in order, so only lanes before it are kept."""
+    tile, first, spans = heads.place(head)
+    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    at = slice(0, x.shape[0])
+    tiles[tile, at] = jnp.where(lane >= first, x, tiles[tile, at]) if first else x
+    if spans:
+        tiles[tile + 1, at] = x

@@ -1,0 +1,73 @@
+"""Norm and rotation of all heads at once on a TPU, over activations as they lie ([rows, C], heads not split yet).
+
+A head of 72 split off fills 128 lanes, so work on whole channels saves nearly half of the vector unit's instructions.
+Everything fixed is folded into two tables per frame outside the kernel (weights, scale, signs of the rotation):
+
+    y = (x * A + swap(x) * B) * r,    swap: neighbouring lanes,    r: 1 / root mean square of the head
+
+What belongs to a head (r, later the softmax sums) lives in a [rows, 128] tile of "marks": each head owns an even lane
+outside its own lanes, and the odd lane behind it. Two constant matrices of zeros and ones collect sums over heads into
+the marks and spread marks back over the heads on the matrix unit; the odd lane carries what bfloat16 rounds away.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+
+from opensora_jax.kernels.spec import Unsupported
+from opensora_jax.kernels.tpu_lanes import LANES, LOG2E, Heads
+
+
+def marks(heads: Heads) -> list[int]:
+    """The even lane of each head, outside its own lanes."""
+    taken: list[int] = []
+    for head in range(heads.count):
+        foreign = ((heads.spare(head) + i) % LANES for i in range(LANES - heads.dim))
+        free = (lane for lane in foreign if lane % 2 == 0 and lane not in taken)
+        lane = next(free, None)
+        if lane is None:
+            raise Unsupported(f"{heads.count} heads of {heads.dim} leave no lanes for their sums")
+        taken.append(lane)
+    return taken
+
+
+def spreading(heads: Heads, dtype) -> jax.Array:
+    """[128, C]: marks to the lanes of their heads; its transpose collects."""
+    matrix = np.zeros((LANES, heads.channels), np.float32)
+    for head, lane in enumerate(marks(heads)):
+        matrix[lane : lane + 2, head * heads.dim : (head + 1) * heads.dim] = 1
+    return jnp.asarray(matrix, dtype)
+
+
+def tables(heads: Heads, norm, rope, norm_first: bool) -> dict[str, jax.Array]:
+    """A, B [2 (q, k), frames or 1, 8, C] and, where the norm comes last, its weights [2, 1, 8, C]; float32."""
+    scale = jnp.asarray([heads.dim**-0.5 * LOG2E, 1.0], jnp.float32)[:, None, None]
+    weight = scale if norm is None else norm[:, None, :] * scale  # [2, 1, C or 1]
+    ones = jnp.ones((2, 1, heads.channels), jnp.float32)
+    folded = ones if norm is not None and not norm_first else ones * weight
+    found = {}
+    if rope is None:
+        found["a"] = folded
+    else:
+        cos, sin = (jnp.tile(table.astype(jnp.float32), (1, heads.count)) for table in rope)
+        sign = jnp.asarray(np.where(np.arange(heads.channels) % 2, 1.0, -1.0), jnp.float32)
+        found["a"] = folded * cos
+        swapped = folded.reshape(2, 1, -1, 2)[..., ::-1].reshape(folded.shape)
+        found["b"] = swapped * (sin * sign)
+    if norm is not None and not norm_first:
+        found["last"] = ones * weight
+    return {name: jnp.repeat(table[:, :, None, :], 8, axis=2) for name, table in found.items()}
+
+
+def swap(x):
+    """Neighbouring lanes exchanged; x: [rows, 128] of 32-bit words."""
+    even = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) & 1 == 0
+    return jnp.where(even, pltpu.roll(x, LANES - 1, 1), pltpu.roll(x, 1, 1))
+
+
+def split(x, dtype):
+    """Marks with what `dtype` rounds away in the odd lanes."""
+    high = x.astype(dtype).astype(jnp.float32)
+    odd = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) & 1 == 1
+    return jnp.where(odd, x - high, high).astype(dtype)
