@@ -1,6 +1,7 @@
 """The house rules that a machine can check: directions of imports, names, what importing the package costs."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ THIRD_PARTY = {
 ENTRIES = {
     "data/inspect.py"
 }  # commands that live in the room they serve: like every entry point, they may use anything
+BACK_ENDS = {"pallas_tpu", "pallas_gpu", "cudnn"}  # of attention; "xla" is also the compiler's name
 FORBIDDEN_NNX = {"jit", "scan", "remat", "grad", "value_and_grad", "Optimizer"}
 
 
@@ -84,6 +86,19 @@ def test_no_object_transforms_of_nnx():
             if of_nnx and node.attr in FORBIDDEN_NNX:
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} nnx.{node.attr}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_attention_back_ends_are_named_in_kernels_only():
+    names = "|".join(path.stem for path in (PACKAGE / "kernels").glob("*.py") if path.stem in BACK_ENDS)
+    assert names.count("|") == len(BACK_ENDS) - 1
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in modules()
+        if path.relative_to(PACKAGE).parts[0] != "kernels"
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.search(rf"\b({names}|mosaic|splash)\b", line, re.IGNORECASE)
+    ]
+    assert not found, "\n".join(found)
 
 
 def test_only_the_tokenizers_import_transformers():

@@ -37,6 +37,7 @@ from opensora_jax.kernels.tpu_lanes import (
 
 VMEM_LIMIT = 100 << 20
 QUERY_BLOCK = {"forward": 512, "backward": 512}
+LONG_ROW = 2048  # beyond it the backward pass takes 128 queries at once: scores live beside the whole row
 
 
 class Problem(NamedTuple):
@@ -86,7 +87,8 @@ def stdit_attention(
     if mode == "temporal":
         return stdit_tpu_temporal.attend(qkv_btsc, heads, norm, rope, norm_before_rope, kv_mask, interpret)
     extras = {} if norm is None else {"norm": norm}
-    blocks = [block or even_blocks(s, QUERY_BLOCK[stage]) for stage in ("forward", "backward")]
+    most = {"forward": QUERY_BLOCK["forward"], "backward": QUERY_BLOCK["backward"] if s <= LONG_ROW else LANES}
+    blocks = [block or even_blocks(s, most[stage]) for stage in ("forward", "backward")]
     problem = Problem(heads, s, *blocks, norm_before_rope, t, interpret)
     if rope is not None:
         extras["rope"] = rotation_tables(rope, max(problem.padded, *(-(-s // size) * size for size in blocks)))

@@ -282,13 +282,13 @@ def clear(problem, words):
     whole, part = word < exist // problem.pack, word <= exist // problem.pack
 
     def body(tile, _):
-        x = words[tile]
+        x = words[tiles + tile]
         zero = jnp.zeros_like(x)
         inside = jnp.where(part, x & 0xFFFF, zero) if problem.pack == 2 and exist % 2 else zero
-        words[tile] = jnp.where(whole, x, inside)
+        words[tiles + tile] = jnp.where(whole, x, inside)
         return 0
 
-    jax.lax.fori_loop(tiles, 3 * tiles, body, 0)
+    jax.lax.fori_loop(0, 2 * tiles, body, 0)
 
 
 def load(problem, words, tile, index, dtype):

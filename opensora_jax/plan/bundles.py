@@ -1,48 +1,93 @@
 """The compiler's static schedule of one TPU kernel, from the text that libtpu dumps.
 
 The dump (`LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true"`) holds the instruction bundles of every
-kernel: bundles x trips / clock is a time that no machine is needed for. It sees no stalls on memory.
+kernel: bundles x trips / clock is a time that no machine is needed for. It sees no stalls on memory, and counts what
+stands behind a condition as if it always ran, except the first such region (work done once a row).
 """
 
+import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*((?:> ?)*)\{")
 EXIT = re.compile(r"scmp\.ge\.s32\.totalorder \S+ (\d+) /\* loop exit test")
+STORES, SPILLS = 8, 9  # columns of the utilization table
+OVERLAP = 2  # the grid's loop runs this much longer: it fills and drains the pipeline
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Of one kernel: bundles of a grid step outside inner loops, of an inner loop's body, its trips, and of the first
-    conditional region (work done once a row)."""
+    """Of one kernel: steps of the grid, bundles of one step with its inner loops times their trips, those of its first
+    conditional region, the share of the machine's store slots that spilled registers take, and of the stores made."""
 
+    steps: int
     step: int
-    inner: int
-    trips: int
     once: int
-    spill_share: float
+    spills_of_slots: float
+    spills_of_stores: float
 
-    def cycles(self, steps: int, steps_per_row: int) -> float:
+    def cycles(self, steps_per_row: int = 1) -> float:
         """Over the whole grid, if the first conditional region runs once in `steps_per_row` steps."""
-        return steps * (self.step + self.inner * self.trips - self.once * (1 - 1 / steps_per_row))
+        return self.steps * (self.step - self.once * (1 - 1 / steps_per_row))
+
+
+@dataclass
+class Loop:
+    """A loop of the schedule; its own bundles, without those of loops inside."""
+
+    around: "Loop | None"
+    bundles: int = 0
+    trips: int = 1
+    stores: int = 0
+    spills: int = 0
+
+    @property
+    def times(self) -> int:
+        """Per step of the outermost loop, the grid."""
+        return self.trips * self.around.times if self.around else 1
 
 
 def read_schedule(bundles: str, utilization: str = "") -> Schedule:
     """From the text of *final_bundles.txt and of *final_hlo-static-per-bundle-utilization.txt."""
-    depth, trips, first_region, position = {}, {}, None, 0
+    cells = [line.split() for line in utilization.splitlines()]
+    table = [list(map(int, row)) for row in cells if len(row) == 11 and "".join(row).isdigit()]
+    capacity, rows = (table[0], table[1:]) if table else ([1] * 11, [])
+    loops, open_loops, first_region, position = [], [], 0, 0
     for line in bundles.splitlines():
         match = BUNDLE.match(line)
         if not match:
             continue
         position += 1
         level = match.group(2).count(">")
-        depth[level] = depth.get(level, 0) + 1
-        if match.group(1) == "PF" and first_region is None and level == 1:
-            first_region = position
+        if match.group(1) == "LB" and level:
+            loops.append(Loop(open_loops[level - 2] if level > 1 else None))
+            open_loops[level - 1 :] = [loops[-1]]
+        if match.group(1) == "PF" and level == 1:
+            first_region = first_region or position
+        if not 0 < level <= len(open_loops):
+            continue
+        loop = open_loops[level - 1]
+        loop.bundles += 1
+        if position <= len(rows):
+            loop.stores += rows[position - 1][STORES]
+            loop.spills += rows[position - 1][SPILLS]
         exit_test = EXIT.search(line)
         if exit_test:
-            trips[level] = int(exit_test.group(1))
-    rows = [list(map(int, line.split())) for line in utilization.splitlines() if re.fullmatch(r"(\d+ ?){11}", line)]
-    spills = sum(row[9] for row in rows) / max(len(rows), 1)
-    once = first_region or 0
-    return Schedule(depth.get(1, 0), depth.get(2, 0), trips.get(2, 1), once if once > 500 else 0, spills)
+            loop.trips = int(exit_test.group(1))
+    step, stores, spills = (
+        sum(getattr(loop, name) * loop.times for loop in loops) for name in ("bundles", "stores", "spills")
+    )
+    steps = max(1, math.prod(loop.trips for loop in loops[:1]) - OVERLAP)
+    once = first_region if first_region > 500 else 0
+    return Schedule(steps, step, once, spills / max(step * capacity[STORES], 1), spills / max(stores, 1))
+
+
+def of_kernel(folder: Path, name: str) -> Schedule:
+    """The schedule of the kernel called `name` from a folder of dumps."""
+
+    def text(end: str) -> str:
+        matching = (path for path in folder.iterdir() if re.search(rf"-{name}(\.\d+)?-\d+-{end}$", path.name))
+        return next(matching).read_text()
+
+    return read_schedule(text("final_bundles.txt"), text("final_hlo-static-per-bundle-utilization.txt"))

@@ -29,7 +29,8 @@ SMALL = {
 def test_fused_rows_match_float64(name, dtype):
     case = replace(BY_NAME[name].small(), batch=1, heads=4, head_dim=96)
     if case.kind == "temporal":
-        case = replace(case, queries=min(case.queries, 24))
+        # Keys hidden in some frames: every bit of a position's code is met, with and without them.
+        case = replace(case, queries=min(case.queries, 24), window=name.startswith("v1.0"))
     check(case, dtype, functools.partial(stdit_attention, implementation="pallas_tpu"))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tpu_schedule import grid
+from benchmarks.tpu_schedule import steps_per_row
 from opensora_jax.plan.bundles import Schedule, read_schedule
 from tests.kernels.cases import BY_NAME
 
@@ -16,24 +16,28 @@ LH: loop header
      0   :  { %s0 = smov 0 }
    0x1 LB: > { %a = sld }
    0x2   : > { %b = sld }
-   0x3 LB: > > { %c = vld }
-   0x4   : > > { %p = scmp.ge.s32.totalorder %i, 8 /* loop exit test */ }
-   0x5 PF: > { %d = vst }
-   0x6   : > { %p = scmp.ge.s32.totalorder %i, 66 /* loop exit test */ }
+   0x3 LB: >> { %c = vld }
+   0x4   : > { %e = sld }
+   0x5   : >> { %p = scmp.ge.s32.totalorder %i, 8 /* loop exit test */ }
+   0x6 LB: >> { %c = vld }
+   0x7   : >> { %p = scmp.ge.s32.totalorder %i, 3 /* loop exit test */ }
+   0x8 PF: > { %d = vst }
+   0x9   : > { %p = scmp.ge.s32.totalorder %i, 66 /* loop exit test */ }
 """
+USED = "\n".join(f"0 0 0 0 0 0 0 0 {line} 0" for line in ("2 2", "0 0", "1 0", "0 0", "2 1", *["0 0"] * 6))
 
 
 def test_bundles_and_trips_are_counted():
-    schedule = read_schedule(TEXT, "0 0 0 0 0 0 0 0 1 1 0\n0 0 0 0 0 0 0 0 1 0 0\n")
-    assert schedule == Schedule(step=4, inner=2, trips=8, once=0, spill_share=0.5)
-    assert schedule.cycles(10, 1) == 10 * (4 + 16)
-    assert Schedule(1000, 0, 1, 600, 0.0).cycles(4, 2) == 4 * 700
+    schedule = read_schedule(TEXT, USED)
+    assert (schedule.steps, schedule.step) == (64, 5 + 2 * 8 + 2 * 3)
+    assert schedule.spills_of_slots == 8 / (2 * 27) and schedule.spills_of_stores == 8 / (1 + 16)
+    assert schedule.cycles() == 64 * 27
+    assert Schedule(4, 1000, 600, 0.0, 0.0).cycles(2) == 4 * 700
 
 
-def test_grids_follow_the_kernels():
-    assert grid(BY_NAME["v1.0 temporal T=16"], False) == (16 * 64, 1)
-    assert grid(BY_NAME["v1.0 spatial 64x512"], False) == (128, 2)
-    assert grid(BY_NAME["v1.0 spatial 64x512"], True) == (64, 1)
+def test_blocks_of_a_row_follow_the_kernel():
+    assert steps_per_row(BY_NAME["v1.0 temporal T=16"]) == 1
+    assert steps_per_row(BY_NAME["v1.0 spatial 64x512"]) == 2
 
 
 @pytest.mark.tpu_aot
