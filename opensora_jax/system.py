@@ -106,6 +106,10 @@ class System:
                     batch["frame_weights"] = frame_weights(batch["cond"][:, :, 0, 0, 0])
             else:
                 batch["latents"] = encode(video)
+            noisy = batch.pop("noisy", None)
+            if noisy is not None and isinstance(given, GivenFrames):
+                other = lambda: _with_noise(video, encode, jax.random.fold_in(key, 2))
+                batch["reference"] = jax.lax.cond(noisy[0], other, lambda: batch["latents"])
         if "text_emb" not in batch and "text_tokens" in batch:
             features = self.encode_text(frozen["text_encoder"], batch.pop("text_tokens"), batch.get("text_mask"))
             batch["text_emb"] = jax.lax.stop_gradient(features)
@@ -171,5 +175,13 @@ class System:
         return loss_fn
 
 
+def _with_noise(video, encode, key):
+    """1.3: latents of frames with a little noise, to be given in some batches."""
+    key_share, key_noise = jax.random.split(key)
+    share = jax.random.uniform(key_share, (len(video), 1, 1, 1, 1), minval=NOISY[0], maxval=NOISY[1])
+    return encode((1 - share) * video + share * jax.random.normal(key_noise, video.shape, video.dtype))
+
+
+NOISY = (0.1, 0.3)  # share of noise in noisy given frames, drawn between
 PARTS = ("denoiser", "vae", "text_encoder", "text_encoder_2")
 SIZES = ("fps", "height", "width", "num_frames")

@@ -24,7 +24,7 @@ from opensora_jax.training.checkpoint import Checkpoints
 from opensora_jax.training.run import RunConfig
 from opensora_jax.training.step import StepConfig, make_step
 
-CONSUMED = ("video", "latents", "text_emb", "text_mask", "x_mask", "fps", "height", "width", "num_frames")
+CONSUMED = ("video", "latents", "text_emb", "text_mask", "x_mask", "noisy", "fps", "height", "width", "num_frames")
 
 
 class Trainer:
@@ -101,6 +101,8 @@ class Trainer:
             return False
         if latents and isinstance(self.given, TrainingConditions):
             raise UserError("config.conditions.kinds needs pixels: latents of a clip have seen later frames")
+        if latents and any(name.endswith("_noisy") for name in self.cfg.data.mask_types or ()):
+            raise UserError("noisy kinds of data.mask_types need pixels: noise is added to the frames before encoding")
         absent = [n for n in ("vae", "text_encoder") if n not in self.system.parts]
         if not latents and absent:
             raise UserError(

@@ -213,25 +213,31 @@ class StepSource:
 
     def _facts(self, record, planned, num_latent_frames, interval, rng) -> dict:
         bucket = planned.bucket
+        mask, noisy = self._mask(planned, num_latent_frames, rng)
         fps = IMAGE_FPS if bucket.num_frames == 1 else record["fps"] / interval
         return {
             "text": record["text"],
-            "x_mask": self._mask(planned, num_latent_frames, rng),
+            "x_mask": mask,
+            **noisy,
             "fps": np.float32(fps),
             "height": np.int32(bucket.height),
             "width": np.int32(bucket.width),
             "num_frames": np.int32(bucket.num_frames),
         }
 
-    def _mask(self, planned: PlannedStep, frames: int, rng: random.Random) -> np.ndarray:
+    def _mask(self, planned: PlannedStep, frames: int, rng: random.Random) -> tuple[np.ndarray, dict]:
+        """True for frames to generate; and, where a kind of data.mask_types says so, whether the given ones are noisy."""
         mask = np.ones(frames, bool)
         if self.masks:
-            return self.masks(frames, rng)
-        if self.config.mask_types:  # one condition for the whole global batch
-            shared = random.Random(f"{self.config.seed}/{planned.step}")
-            kind = pick_mask_type(self.config.mask_types, shared)
-            mask[condition_frames(kind, frames, shared)] = False
-        return mask
+            return self.masks(frames, rng), {}
+        if not self.config.mask_types:
+            return mask, {}
+        shared = random.Random(f"{self.config.seed}/{planned.step}")  # one condition for the whole global batch
+        kind = pick_mask_type(self.config.mask_types, shared)
+        mask[condition_frames(kind, frames, shared)] = False
+        if not any(name.endswith("_noisy") for name in self.config.mask_types):
+            return mask, {}
+        return mask, {"noisy": np.bool_(kind.endswith("_noisy") and not mask[0])}
 
 
 class Loader:

@@ -52,6 +52,18 @@ def test_contract_of_a_batch(unbroken):
     assert not all(mask.all() for batch, _ in unbroken for mask in batch["x_mask"])
 
 
+def test_conditions_of_1_3_are_drawn_a_batch(config):
+    kinds = {"v2v_head_noisy": 1.0, "i2v_tail": 1.0}
+    batches = [batch for batch, _ in take(dataclasses.replace(config, mask_ratios=None, mask_types=kinds), 6)]
+    for batch in batches:
+        assert (batch["x_mask"] == batch["x_mask"][0]).all() and (batch["noisy"] != batch["x_mask"][0, 0]).all()
+    assert {tuple(batch["x_mask"][0].tolist()) for batch in batches} == {
+        (False, False, True, True, True),
+        (True, True, True, True, False),
+    }
+    assert "noisy" not in take(dataclasses.replace(config, mask_ratios=None, mask_types={"none": 1.0}), 1)[0][0]
+
+
 def test_an_epoch_shows_every_clip_once_and_the_next_another_order(unbroken):
     first = [name for _, info in unbroken[:12] for name in info.ids]
     assert len(set(first)) == 48

@@ -96,6 +96,9 @@ def test_conditions_need_pixels():
     run = trainer("2.0", conditions={"kinds": {"i2v_head": 1.0}})
     with pytest.raises(UserError, match="needs pixels"):
         run.needs_frozen(SimpleNamespace(latents=True))
+    run = trainer("1.3", data={"mask_types": {"v2v_head_noisy": 1.0}})
+    with pytest.raises(UserError, match="noisy kinds of .* need pixels"):
+        run.needs_frozen(SimpleNamespace(latents=True))
 
 
 def test_1_3_sees_the_frames_that_the_loader_drew():
@@ -109,6 +112,18 @@ def test_1_3_sees_the_frames_that_the_loader_drew():
     assert np.isfinite(value) and "x_mask" not in SEEN and not SEEN["drop_text"].any()
     loss({}, one, jax.random.key(0), {"vae": None})
     assert not SEEN["cond"].any() and SEEN["drop_text"].all()  # nothing given: text is dropped as without conditions
+
+
+def test_noisy_kinds_of_1_3_give_frames_with_noise():
+    system = trainer("1.3").system
+    loss = system.diffusion_loss(rectified_flow, rectified_flow.V1_3, 0.0, GivenFrames((("keep", 1.0),)))
+    one = batch(5)
+    latents = np.asarray(system.encode_video(None, one["video"]))
+    for noisy in (False, True):
+        drawn = one | {"x_mask": one["x_mask"].at[:, 0].set(False), "noisy": jnp.array([noisy] * 2)}
+        loss({}, drawn, jax.random.key(0), {"vae": None})
+        gap = np.abs(np.asarray(SEEN["cond"])[:, 0] - latents[:, 0]).max()
+        assert 0.01 < gap < 0.5 if noisy else gap < 1e-6  # a third of noise at most, means over 64 pixels
 
 
 def test_2_0_sees_stills_encoded_alone():
