@@ -48,6 +48,7 @@ class SamplingConfig:
     width: int = 426
     fps: float = 24.0
     max_length: int = 300
+    scores: dict = field(default_factory=dict)  # put behind every prompt: arguments of common.prompts.append_scores
     clean_caption: bool = True  # the T5 caption cleaning that 1.x models were trained with
     loop: int = 1  # clips of a long video
     condition_frame_length: int = 5  # latent frames that a clip takes over from the one before
@@ -143,10 +144,19 @@ class Generator:
     # ---- what is said -------------------------------------------------------------------------------------------
 
     def _texts(self, prompt: str, cfg: SamplingConfig) -> list[str]:
-        """The prompt of every clip."""
-        if cfg.clean_caption:
-            return prompts.prompts_per_loop(prompt, cfg.loop)
-        return [prompts.prompt_for_loop(prompt, loop) for loop in range(cfg.loop)]
+        """What the prompt says in every clip."""
+        _, loops = prompts.split_prompt(prompt)
+        if loops and loops[-1] >= cfg.loop:
+            raise UserError(
+                f"the prompt speaks of clip {loops[-1]}, but loop={cfg.loop} makes clips 0 to {cfg.loop - 1}"
+            )
+        texts = [prompts.prompt_for_loop(prompt, loop).strip() for loop in range(cfg.loop)]
+        if cfg.scores:
+            try:
+                texts = [prompts.append_scores(text, **cfg.scores) for text in texts]
+            except TypeError as error:
+                raise UserError(f"scores={cfg.scores}: {error}") from None
+        return [prompts.text_preprocessing(text) for text in texts] if cfg.clean_caption else texts
 
     def _text(self, params: dict, texts: list[str], cfg: SamplingConfig) -> dict:
         tokens, mask = self.tokenizer(texts, cfg.max_length)

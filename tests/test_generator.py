@@ -189,6 +189,16 @@ def test_v2_0_sees_what_it_is_given(pipe, image):
     assert np.abs(out.latents[:, 1:] - other.latents[:, 1:]).max() > 1e-3
 
 
+def test_prompts_are_told_scores_and_change_from_clip_to_clip(pipe):
+    generator = pipe("v1_2")._generator
+    told = lambda prompt, **settings: generator._texts(prompt, SamplingConfig(clean_caption=False, **settings))
+    assert told("|0|a cat|2|a dog", loop=3) == ["a cat", "a cat", "a dog"]
+    assert told("a cat", scores={"aes": 6.5}) == ["a cat aesthetic score: 6.5."]
+    assert told("a cat", scores={"version": "2.0", "fps": 24, "flow": 4}) == ["a cat. 24 FPS. 4 motion score."]
+    with pytest.raises(UserError, match="speaks of clip 2, but loop=2"):
+        told("|0|a cat|2|a dog", loop=2)
+
+
 def test_a_distilled_network_is_called_once_a_step(pipe, monkeypatch):
     pipeline = pipe("distilled")
     forwards = counted(pipeline, monkeypatch)

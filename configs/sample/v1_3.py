@@ -18,6 +18,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.resolution = "360p"
         config.image_guidance, config.oscillate_image, config.image_floor = 5.0, True, 1.0
         config.hold_given_frames, config.condition_frame_length = True, 5
+        config.scores = {"version": "1.3", "aes": 7.0}
     else:
         config.resolution, config.guidance_rescale = "720p", 0.7
     return config

@@ -17,4 +17,5 @@ def get_config(variant: str = "256px") -> ConfigDict:
     config.image_floor = 1.0
     config.num_frames, config.fps, config.max_length, config.clean_caption = 129, 24.0, 512, False
     config.height, config.width = {"256px": (192, 336), "768px": (576, 1024)}[variant]
+    config.scores = {"version": "2.0", "fps": 24, "flow": 4}
     return config

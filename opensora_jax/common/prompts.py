@@ -151,9 +151,20 @@ def append_scores(
     aes: float | str | None = None,
     flow: float | str | None = None,
     camera_motion: str | None = None,
+    fps: float | None = None,
     version: str = "1.2",
 ) -> str:
-    """Adds what the networks of 1.2 (numbers) or 1.3 (words) were trained to read; what the prompt says already stays."""
+    """Adds what the networks of 1.2 (numbers), 1.3 (words) or 2.0 (frame rate and motion) were trained to read; what the
+    prompt says already stays."""
+    if version not in ("1.2", "1.3", "2.0"):
+        raise UserError(f"scores of version {version!r} are unknown; choose 1.2, 1.3 or 2.0")
+    if version == "2.0":
+        prompt = prompt.strip()
+        prompt += "" if prompt.endswith(".") else "."
+        for words, value in (("FPS.", fps), ("motion score.", flow)):
+            said = f"{value:g} {words}" if isinstance(value, float) else f"{value} {words}"
+            prompt += "" if value is None or prompt.endswith(said) else f" {said}"
+        return prompt
     if version == "1.3":
         aes, flow = _word(aes, _AESTHETIC, "excellent"), _word(flow, _MOTION, "extremely high")
         parts = [("The aesthetic score is", aes), ("The motion strength is", flow)]

@@ -33,6 +33,10 @@ def test_scores_are_added_once():
     assert words == "a cat The aesthetic score is good. The motion strength is extremely high."
     with pytest.raises(UserError, match="numbers"):
         prompts.append_scores("a cat", aes="good")
+    told = prompts.append_scores(" a cat ", fps=24.0, flow=4, version="2.0")
+    assert told == "a cat. 24 FPS. 4 motion score." and prompts.append_scores(told, flow="4", version="2.0") == told
+    with pytest.raises(UserError, match="are unknown; choose"):
+        prompts.append_scores("a cat", version="1.4")
 
 
 def test_prompts_over_loops():
