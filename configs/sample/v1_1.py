@@ -12,6 +12,6 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.objective = {"name": "iddpm", "preset": "V1_1"}
     config.steps, config.guidance, config.guided_channels = 100, 7.0, 3
-    config.num_frames, config.height, config.width, config.fps = 16, 240, 424, 8.0
+    config.num_frames, config.height, config.width, config.fps = 16, 240, 426, 8.0
     config.max_length, config.condition_frame_length = 200, 4
     return config

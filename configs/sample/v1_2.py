@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.objective = {"name": "rectified_flow", "preset": "V1_2"}
     config.steps, config.guidance = 30, 7.0
-    config.num_frames, config.height, config.width, config.fps = 51, 240, 424, 24.0
+    config.num_frames, config.height, config.width, config.fps = 51, 240, 426, 24.0
     config.max_length, config.condition_frame_length = 300, 5
     config.scores = {"aes": 6.5}
     return config
