@@ -1,9 +1,13 @@
-"""Video DC-AE: hpcai-tech/Open-Sora-v2-Video-DC-AE (F32T4C128_AE.safetensors) and MIT's own image checkpoints."""
+"""Video DC-AE: hpcai-tech/Open-Sora-v2-Video-DC-AE (F32T4C128_AE.safetensors), MIT's own image checkpoints, and diffusers'
+AutoencoderDC, which splits and renames them."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from opensora_jax.common.errors import UserError
 from opensora_jax.weights.engine import Rule, Shape, conv, norm, within
+from opensora_jax.weights.layouts import POINTWISE, Join, joins
 
 BLOCK = [  # what stages are made of
     *conv("main.{part:conv1|conv2}.conv", "main/{part}/conv"),
@@ -30,16 +34,85 @@ for place, ours in (
         for nested in ("", ".conv"):  # a bare convolution, or one inside an interpolation or a pixel shuffle
             RULES += conv(f"{place}{residual}{nested}.conv", f"{ours}{residual}{nested}/conv".replace(".", "/"))
 
+IN_A_BLOCK = {  # diffusers' name → MIT's, of weight and bias
+    "conv1": "main.conv1.conv", "conv2": "main.conv2.conv", "norm": "main.conv2.norm",
+    "attn.norm_out": "context_module.main.proj.norm",
+    "attn.to_qkv_multiscale.{i}.proj_in": "context_module.main.aggreg.{i}.0",
+    "attn.to_qkv_multiscale.{i}.proj_out": "context_module.main.aggreg.{i}.1",
+    "conv_out.conv_inverted": "local_module.main.inverted_conv.conv",
+    "conv_out.conv_depth": "local_module.main.depth_conv.conv",
+    "conv_out.conv_point": "local_module.main.point_conv.conv", "conv_out.norm": "local_module.main.point_conv.norm",
+}  # fmt: skip
+
+
+def of_diffusers(shapes) -> bool:
+    return any(re.match(r"encoder\.down_blocks\.\d+\.\d+\.", name) for name in shapes)
+
+
+def layout(shapes, config: dict) -> list[Join]:
+    if not of_diffusers(shapes):
+        return []
+    if "downsample_block_type" not in config:
+        raise UserError("dc_ae: diffusers' layout needs the config.json beside the weights")
+    down = "conv.conv" if config["downsample_block_type"] == "pixel_unshuffle" else "conv"
+    shortcut = lambda key: "main." if config.get(key, True) else ""
+    table = [
+        *joins("encoder.project_in.conv", "encoder.conv_in"),
+        *joins(f"encoder.project_in.{down}", "encoder.conv_in.conv"),  # without a first stage
+        *joins(f"encoder.project_out.{shortcut('encoder_out_shortcut')}op_list.0.conv", "encoder.conv_out"),
+        *joins(f"decoder.project_in.{shortcut('decoder_in_shortcut')}conv", "decoder.conv_in"),
+        *joins("decoder.project_out.op_list.0", "decoder.norm_out"),
+        *joins("decoder.project_out.op_list.2.conv", "decoder.conv_out"),
+        *joins("decoder.project_out.op_list.2.conv.conv", "decoder.conv_out.conv"),
+    ]
+    for half, blocks, change in (("encoder", "down_blocks", down), ("decoder", "up_blocks", "conv.conv")):
+        ours, theirs = f"{half}.stages.{{s}}.op_list.{{k}}.", f"{half}.{blocks}.{{s}}.{{k}}."
+        table += joins(f"{ours}main.{change}", f"{theirs}conv")
+        for source, target in IN_A_BLOCK.items():
+            table += joins(ours + target, theirs + source)
+        attention = f"{ours}context_module.main"
+        qkv = tuple(f"{theirs}attn.to_{part}.weight" for part in "qkv")
+        table.append(Join(f"{attention}.qkv.conv.weight", qkv, POINTWISE))
+        table.append(Join(f"{attention}.proj.conv.weight", (f"{theirs}attn.to_out.weight",), POINTWISE))
+    return table
+
+
+def said_by_diffusers(config: dict) -> dict:
+    """AutoencoderDC's config.json in the form of MIT's."""
+    if config.get("attention_head_dim", 32) != 32:
+        raise UserError(f"dc_ae: attention_head_dim={config['attention_head_dim']} is not served; heads are 32 wide")
+    listed = lambda value: value if isinstance(value, str) else tuple(value)
+    norms = config.get("decoder_norm_types", "rms_norm")
+    renamed = lambda name: {"rms_norm": "rms2d"}.get(name, name)
+    kinds = {"pixel_unshuffle": "ConvPixelUnshuffle", "pixel_shuffle": "ConvPixelShuffle"}
+    encoder = {"downsample_block_type": kinds.get(config["downsample_block_type"], "Conv")}
+    decoder = {
+        "upsample_block_type": kinds.get(config.get("upsample_block_type", "pixel_shuffle"), "InterpolateConv"),
+        "norm": renamed(norms) if isinstance(norms, str) else tuple(map(renamed, norms)),
+        "act": listed(config.get("decoder_act_fns", "silu")),
+        "out_act": config.get("decoder_conv_act_fn", "relu"),
+    }
+    if not config.get("encoder_out_shortcut", True):
+        encoder["out_shortcut"] = None
+    if not config.get("decoder_in_shortcut", True):
+        decoder["in_shortcut"] = None
+    scale = config.get("scaling_factor") or 1.0  # diffusers multiplies latents by it, MIT divides
+    return {"encoder": encoder, "decoder": decoder} | ({"scaling_factor": 1 / scale} if scale != 1 else {})
+
 
 def recognise(shapes, config: dict) -> bool:
-    return any(name.startswith("encoder.stages.0.op_list.") for name in shapes) and any(
-        name.startswith("decoder.project_in.") for name in shapes
+    return (
+        of_diffusers(shapes)
+        or (any(name.startswith("encoder.stages.0.op_list.") for name in shapes)
+        and any(name.startswith("decoder.project_in.") for name in shapes))
     )
 
 
 def config_from(shapes, config: dict) -> dict:
     """Arguments of vaes.dc_ae.Config: sizes and kinds of blocks from shapes; what is not in them (where time is halved,
-    scale, tiles) from a config in the reference's form, or else as released."""
+    scale, tiles) from a config in the reference's form or diffusers', or else as released."""
+    if "encoder_block_types" in config:
+        config = said_by_diffusers(config)
     halves = {name: HalfOf(shapes, name, config.get(name) or {}) for name in ("encoder", "decoder")}
     first = shapes[next(name for name in shapes if name.startswith("encoder.project_in.") and name.endswith(".weight"))]
     last = next(name for name in shapes if name.startswith("decoder.project_in.") and name.endswith(".weight"))

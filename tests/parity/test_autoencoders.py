@@ -1,12 +1,11 @@
 """Live: our autoencoders against diffusers' AutoencoderKL, AutoencoderKLHunyuanVideo and AutoencoderDC."""
 
 import jax
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLHunyuanVideo
 
-from opensora_jax.verify.case import channels_first, channels_last, load_network
+from opensora_jax.verify.case import channels_first, channels_last
 from tests.parity import live
 
 pytestmark = pytest.mark.parity
@@ -61,54 +60,13 @@ def test_deep_compression_autoencoder(shuffled):
         encoder_qkv_multiscales=((), (5,), (5,)), decoder_qkv_multiscales=((), (5,), (5,)),
         downsample_block_type="pixel_unshuffle" if shuffled else "conv",
         upsample_block_type="pixel_shuffle" if shuffled else "interpolate",
+        scaling_factor=0.4, encoder_out_shortcut=shuffled, decoder_act_fns=("relu", "silu", "silu"),
     )  # fmt: skip
-    kinds = (
-        {"downsample_block_type": "ConvPixelUnshuffle", "upsample_block_type": "ConvPixelShuffle"} if shuffled else {}
-    )
-    config = {"encoder": kinds, "decoder": kinds | {"out_act": "relu"}}
-    net, params, _ = load_network("vaes", "dc_ae", named_by_mit(live.weights_of(model), shuffled), config)
+    net, params = live.ours(model, "vaes", "dc_ae")
     x, z = live.normal(2, 3, 16, 24), live.normal(2, 8, 4, 6)
     with torch.no_grad():
-        latents, pixels = model.encode(torch.from_numpy(x)).latent, model.decode(torch.from_numpy(z)).sample
+        latents = model.encode(torch.from_numpy(x)).latent * 0.4
+        pixels = model.decode(torch.from_numpy(z) / 0.4).sample
     ours_z, ours_x = both_ways(net, params, x[:, :, None], z[:, :, None])
     live.close(channels_first(ours_z)[:, :, 0], latents)
     live.close(channels_first(ours_x)[:, :, 0], pixels)
-
-
-def named_by_mit(weights: dict[str, np.ndarray], shuffled: bool) -> dict[str, np.ndarray]:
-    """diffusers' names of DC-AE as those of its authors: its to_q, to_k and to_v are thirds of one tensor (each head has
-    its q, k and v side by side in it), its linear layers were 1 x 1 convolutions."""
-    inner = {
-        "attn.to_out.": "context_module.main.proj.conv.", "attn.norm_out.": "context_module.main.proj.norm.",
-        "conv_out.conv_inverted.": "local_module.main.inverted_conv.conv.",
-        "conv_out.conv_depth.": "local_module.main.depth_conv.conv.",
-        "conv_out.conv_point.": "local_module.main.point_conv.conv.", "conv_out.norm.": "local_module.main.point_conv.norm.",
-        "conv1.": "main.conv1.conv.", "conv2.": "main.conv2.conv.", "norm.": "main.conv2.norm.",
-    }  # fmt: skip
-    ends = {
-        "encoder.conv_in.": "encoder.project_in.conv.", "encoder.conv_out.": "encoder.project_out.main.op_list.0.conv.",
-        "decoder.conv_in.": "decoder.project_in.main.conv.", "decoder.norm_out.": "decoder.project_out.op_list.0.",
-        "decoder.conv_out.": "decoder.project_out.op_list.2.conv.",
-    }  # fmt: skip
-    named = {}
-    for name, value in weights.items():
-        if end := next((end for end in ends if name.startswith(end)), None):
-            named[name.replace(end, ends[end])] = value
-            continue
-        half, _, stage, op, rest = name.split(".", 4)
-        place = f"{half}.stages.{stage}.op_list.{op}."
-        if rest.startswith("conv."):
-            nested = "conv.conv." if shuffled or half == "decoder" else "conv."
-            named[place + "main." + rest.replace("conv.", nested)] = value
-        elif rest == "attn.to_q.weight":
-            qkv = [weights[name.replace("to_q", f"to_{part}")] for part in "qkv"]
-            named[place + "context_module.main.qkv.conv.weight"] = np.concatenate(qkv)[:, :, None, None]
-        elif "to_qkv_multiscale" in rest:
-            index = 0 if "proj_in" in rest else 1
-            scale = rest.split(".")[2]
-            named[f"{place}context_module.main.aggreg.{scale}.{index}.weight"] = value
-        elif "to_k" not in rest and "to_v" not in rest:
-            part = next(part for part in inner if rest.startswith(part))
-            value = value[:, :, None, None] if part == "attn.to_out." else value
-            named[place + rest.replace(part, inner[part], 1)] = value
-    return named
