@@ -120,18 +120,21 @@ def from_reference(args) -> int:
     mapping = plan(checkpoint.shapes, wanted, table.RULES, str(checkpoint.path))
     check_tied(checkpoint, mapping)
 
-    stored = lambda dtype: (
-        args.dtype if args.dtype and dtype in ("float32", "bfloat16", "float16", "float64") else dtype
-    )
-    specs = {a.path: (a.shape, stored(checkpoint.dtypes[next(iter(a.sources.values()))])) for a in mapping.assignments}
+    check_floats(checkpoint, mapping, flatten(network.abstract))
+    found = {a.path: widest(checkpoint.dtypes[source] for source in a.sources.values()) for a in mapping.assignments}
+    stored = lambda path: args.dtype if args.dtype and found[path] in FLOATS else found[path]
+    specs = {a.path: (a.shape, stored(a.path)) for a in mapping.assignments}
     target = fresh_folder(args.to)
     with progress("converting", len(specs)) as bar:
 
         def arrays():
-            for path, array in mapping.arrays(checkpoint.read):
+            for path, array in mapping.arrays(checkpoint.read, {p: store.numpy_dtype(d) for p, d in found.items()}):
                 check_finite(path, array, checkpoint.path)
                 bar.update(note=path)
-                yield path, array.astype(store.numpy_dtype(specs[path][1]), copy=False)
+                cast = array.astype(store.numpy_dtype(specs[path][1]), copy=False)
+                if args.dtype == "float16":  # whose largest number is 65504
+                    check_finite(path, cast, f"--dtype=float16 of {checkpoint.path}")
+                yield path, cast
 
         try:
             store.write_folder(target.partial, specs, arrays(), {"family": family} | config.to_plain(cfg))
@@ -168,6 +171,28 @@ def check_tied(checkpoint, mapping) -> None:
     for name, path in mapping.tied:
         if path in first and not np.array_equal(checkpoint.read(name), checkpoint.read(first[path])):
             raise UserError(f"{checkpoint.path}: {name} and {first[path]} should be the same tensor, but differ")
+
+
+FLOATS = ("float32", "bfloat16", "float16", "float64")
+
+
+def widest(dtypes) -> str:
+    """Layers of several precisions are stacked in one that holds them all."""
+    kinds = set(dtypes)
+    if len(kinds) == 1:
+        return kinds.pop()
+    return "float64" if kinds & {"float64", "int64"} else "float32"
+
+
+def check_floats(checkpoint, mapping, parameters: dict) -> None:
+    for assignment in mapping.assignments:
+        takes = str(parameters[assignment.path].dtype)
+        for source in assignment.sources.values():
+            if takes in FLOATS and checkpoint.dtypes[source] not in FLOATS:
+                raise UserError(
+                    f"{checkpoint.path}: {source} holds {checkpoint.dtypes[source]}, but {assignment.path} takes {takes}; "
+                    "quantised checkpoints are not read"
+                )
 
 
 def check_finite(path: str, array, where) -> None:

@@ -101,7 +101,7 @@ def make_encoder(system, sample: bool, seed: int):
     def encode(frozen, batch, step):
         key = jax.random.fold_in(jax.random.key(seed), step) if sample else None
         out = system.features(batch, frozen, key)
-        return {name: out[name] for name in ("latents", "text_emb", "text_mask")}
+        return {name: out[name] for name in ("latents", "text_emb", "text_mask", "y_vec") if name in out}
 
     return encode
 
@@ -134,7 +134,7 @@ def records_of(batch: dict, info, out: dict, dtype: str):
             "text_emb": out["text_emb"][row].astype(stored),
             "text_mask": out["text_mask"][row].astype("int32"),
             "meta": {"tokens": length},
-        }
+        } | ({"y_vec": out["y_vec"][row].astype(stored)} if "y_vec" in out else {})
 
 
 class Journal:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from opensora_jax import captions
 from opensora_jax.common.shapes import LatentShape
 from opensora_jax.config import Part
 from opensora_jax.diffusion.conditions import GivenFrames, TrainingConditions, encode_with_conditions, frame_weights
@@ -40,19 +41,22 @@ class System:
     @cached_property
     def takes(self) -> frozenset[str]:
         """Names of the denoiser's inputs."""
-        return frozenset(self._inputs)
+        return frozenset(self.inputs)
 
     @property
-    def _inputs(self) -> dict:
+    def inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Of the denoiser, for some small video."""
         return self.denoiser.module.inputs(self.denoiser.config, LatentShape(1, 2, 4, 4, 4))
 
     @cached_property
     def latent_channels(self) -> int:
-        return self._inputs["x"].shape[-1]
+        return self.inputs["x"].shape[-1]
 
     @cached_property
     def learned_null(self) -> bool:
         """Has the denoiser a null caption of its own? If not, the encoders' output for an empty prompt is the null."""
+        if getattr(self.denoiser.config, "skip_y_embedder", False):  # captions arrive projected, past it
+            return False
         paths = jax.tree_util.tree_leaves_with_path(self.networks["denoiser"].abstract)
         return any(getattr(path[-1], "key", None) == "null" for path, _ in paths)
 
@@ -62,10 +66,15 @@ class System:
         return self.vae.module.latent_size(self.vae.config, frames, height, width)
 
     def encode_text(self, params, tokens, mask):
-        """[B, L] ids → [B, L, D] features, float32. A denoiser that reads no text_mask reads padding too (2.0)."""
+        """[B, L] ids → [B, L, D] features, float32; of CLIP its pooled vector [B, 1, D], for a denoiser that takes one.
+        A denoiser that reads no text_mask reads padding too (2.0)."""
         if self.denoiser is not None and "text_mask" not in self.takes:
             mask = None
-        return self.networks["text_encoder"](params, tokens, mask).astype(jnp.float32)
+        out = self.networks["text_encoder"](params, tokens, mask)
+        if hasattr(out, "pooled"):
+            y = None if self.denoiser is None else self.inputs.get("y")
+            out = out.pooled[:, None] if y is not None and y.shape[1:2] == (1,) else out.tokens
+        return out.astype(jnp.float32)
 
     def encode_pooled(self, params, tokens):
         """[B, L] ids of the second encoder → [B, D], float32."""
@@ -113,11 +122,16 @@ class System:
         if "text_emb" not in batch and "text_tokens" in batch:
             features = self.encode_text(frozen["text_encoder"], batch.pop("text_tokens"), batch.get("text_mask"))
             batch["text_emb"] = jax.lax.stop_gradient(features)
+        if "y_vec" not in batch and "text_tokens_2" in batch:
+            pooled = self.encode_pooled(frozen["text_encoder_2"], batch.pop("text_tokens_2"))
+            batch["y_vec"] = jax.lax.stop_gradient(pooled)
         return batch
 
     def conditioning(self, batch: dict) -> dict:
         """What of a batch the denoiser consumes, under its argument names."""
         named = {RENAMED.get(name, name): value for name, value in batch.items()}
+        if "labels" in batch and "labels" not in self.takes:
+            named["y"] = batch["labels"]
         if "ar" in self.takes and "ar" not in named:
             named["ar"] = named["height"] / named["width"]
         return {name: value for name, value in named.items() if name in self.takes and name not in ("x", "t")}
@@ -132,9 +146,7 @@ class System:
         def loss_fn(params, batch, key, frozen):
             key_vae, key_drop, key_loss, key_model = jax.random.split(key, 4)
             batch = self.features(batch, frozen, key_vae, given)
-            extra = {}
-            if text_dropout and "y" in self.takes:
-                extra["drop_text"] = jax.random.bernoulli(key_drop, text_dropout, (batch["latents"].shape[0],))
+            batch, extra = captions.dropped(self, batch, frozen, key_drop, text_dropout)
             if getattr(self.denoiser.config, "drop_path", 0):
                 extra["key"] = key_model
             if isinstance(given, GivenFrames):  # a condition for the whole batch, which the loader drew

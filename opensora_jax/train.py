@@ -90,7 +90,7 @@ def main(argv=None) -> int:
         log.logger.info("%s; %s parameters on %d devices", how, f"{network.count():,}", jax.device_count())
 
         frozen = assembly.frozen(layout) if needs_frozen else {}
-        frozen |= trainer.perceptual_params()
+        frozen |= trainer.perceptual_params() | trainer.null_text(frozen)
 
         # ---- step and loop ---------------------------------------------------------------------------------------
         step_fn = trainer.compile_step(tx, abstract)

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opensora_jax import locate
+from opensora_jax import captions, locate
 from opensora_jax.common.errors import UserError
 from opensora_jax.common.shapes import LatentShape
 from opensora_jax.config import part, to_plain
 from opensora_jax.diffusion.conditions import GivenFrames, TrainingConditions
+from opensora_jax.generator import CLIP_TOKENS
 from opensora_jax.parallel.shard import Layout, place_batch, shardings
 from opensora_jax.pipeline import Assembly, Pipeline, load_params, objective_of, read_json
 from opensora_jax.training import optimizer
@@ -24,7 +25,9 @@ from opensora_jax.training.checkpoint import Checkpoints
 from opensora_jax.training.run import RunConfig
 from opensora_jax.training.step import StepConfig, make_step
 
-CONSUMED = ("video", "latents", "text_emb", "text_mask", "x_mask", "noisy", "fps", "height", "width", "num_frames")
+CONSUMED = (
+    "video", "latents", "text_emb", "text_mask", "y_vec", "x_mask", "noisy", "fps", "height", "width", "num_frames",
+)  # fmt: skip
 
 
 class Trainer:
@@ -103,7 +106,8 @@ class Trainer:
             raise UserError("config.conditions.kinds needs pixels: latents of a clip have seen later frames")
         if latents and any(name.endswith("_noisy") for name in self.cfg.data.mask_types or ()):
             raise UserError("noisy kinds of data.mask_types need pixels: noise is added to the frames before encoding")
-        absent = [n for n in ("vae", "text_encoder") if n not in self.system.parts]
+        needed = ("vae", "text_encoder") if self._reads_text else ("vae",)
+        absent = [n for n in needed if n not in self.system.parts]
         if not latents and absent:
             raise UserError(
                 f"the data holds pixels and captions, but the run has no {' and no '.join(absent)}: name config.pipeline, "
@@ -111,12 +115,38 @@ class Trainer:
             )
         return not latents or bool(self.cfg.log.sample_every_steps)
 
+    @cached_property
+    def _reads_text(self) -> bool:
+        """Not a network of classes, or of nothing at all."""
+        return self.system.denoiser is None or ("y" in self.system.takes and not captions.classes(self.system))
+
+    def null_text(self, frozen: dict) -> dict:
+        """{"null": features of an empty prompt}, for networks whose dropped captions become that."""
+        system, length = self.system, self.cfg.text.max_length
+        if self.assembly.trained == "vae" or not self.cfg.text.dropout or not captions.wants_null_features(system):
+            return {}
+        if system.text_encoder is None or self.assembly.tokenizer is None:
+            return {}  # the step says so
+        if "text_encoder" not in frozen:
+            frozen = replace(self.assembly, system=replace(system, denoiser=None, vae=None)).frozen(self.layout)
+        tokens, mask = self.assembly.tokenizer([""], length)
+        null = {"text_emb": jax.jit(system.encode_text)(frozen["text_encoder"], tokens, mask), "text_mask": mask}
+        if "text_encoder_2" in system.parts:
+            tokens, _ = self.assembly.tokenizer_2([""], CLIP_TOKENS)
+            null["y_vec"] = jax.jit(system.encode_pooled)(frozen["text_encoder_2"], tokens)
+        return {"null": null}
+
     def place(self, batch: dict) -> dict:
         """A host batch as global device arrays: captions become tokens, what the networks do not take stays behind."""
         arrays = {name: value for name, value in batch.items() if name in CONSUMED}
-        if "text_emb" not in batch and self.system.text_encoder is not None:
-            tokens, mask = self.assembly.tokenizer(list(batch["text"]), self.cfg.text.max_length)
+        length = self.cfg.text.max_length
+        if self.system.denoiser is not None and captions.classes(self.system):
+            arrays["labels"] = captions.class_numbers(self.system, batch["text"])
+        if self._reads_text and "text_emb" not in batch and self.system.text_encoder is not None:
+            tokens, mask = self.assembly.tokenizer(list(batch["text"]), length)
             arrays |= {"text_tokens": tokens, "text_mask": mask}
+        if "y_vec" not in batch and "text_encoder_2" in self.system.parts:
+            arrays["text_tokens_2"], _ = self.assembly.tokenizer_2(list(batch["text"]), CLIP_TOKENS)
         arrays = {name: np.asarray(a, np.float32) if name in _FLOATS else np.asarray(a) for name, a in arrays.items()}
         return place_batch(arrays, self.layout)
 
@@ -130,7 +160,9 @@ class Trainer:
             size = self.system.latent_size(*batch["video"].shape[1:4])
         if self.assembly.trained == "vae":
             return {"tokens": count * math.prod(size), "flops": 0.0}
-        patch = getattr(self.system.denoiser.config, "patch_size", (1, 1, 1))
+        patch = getattr(self.system.denoiser.config, "patch_size", 1)
+        patch = (patch, patch) if isinstance(patch, int) else patch  # of space, where time is left whole
+        patch = (1,) * (3 - len(patch)) + tuple(patch)
         tokens = count * math.prod(math.ceil(s / p) for s, p in zip(size, patch))
         return {"tokens": tokens, "flops": 3 * self.forward_flops(LatentShape(count, *size, self.cfg.text.max_length))}
 
@@ -248,7 +280,7 @@ class Trainer:
         writer.write_images(step, {"samples": sheet})
 
 
-_FLOATS = ("fps", "height", "width", "num_frames", "text_emb", "latents", "video")
+_FLOATS = ("fps", "height", "width", "num_frames", "text_emb", "y_vec", "latents", "video")
 
 
 def abstract_batch(trainer: Trainer, rows: int, frames: int, height: int, width: int, latents: bool) -> dict:

@@ -109,6 +109,30 @@ def test_nan_weights(stdit3, tmp_path):
     refused(source, tmp_path, "not all finite")
 
 
+def test_integers_where_floats_belong(stdit3, tmp_path):
+    source = rewritten(stdit3, lambda w: w.update({"t_block.1.bias": w["t_block.1.bias"].astype(np.int32)}))
+    refused(source, tmp_path, "t_block.1.bias holds int32, but t_block/bias takes float32")
+
+
+def test_what_float16_cannot_hold(stdit3, tmp_path):
+    source = rewritten(stdit3, lambda w: w["t_block.1.bias"].__setitem__(0, 1e6))
+    refused(source, tmp_path, "--dtype=float16 of .* not all finite", "--dtype=float16")
+
+
+def test_ema_of_a_training_checkpoint(stdit3, tmp_path):
+    """Open-Sora's own: model/ and beside it ema.safetensors."""
+    folder = tmp_path / "epoch0-global_step10"
+    shutil.copytree(stdit3, folder / "model")
+    weights = load_file(stdit3 / "model.safetensors")
+    save_file({name: 2 * value for name, value in weights.items()}, folder / "ema.safetensors")
+    for flags, factor in (((), 1), (("--ema",), 2)):
+        target = tmp_path / f"ours{factor}"
+        assert convert.main([f"--from={folder}", f"--to={target}", *flags]) == 0
+        ours = load_file(target / "model.safetensors")
+        np.testing.assert_array_equal(ours["t_block/bias"], factor * weights["t_block.1.bias"])
+    refused(stdit3, tmp_path, "has no EMA weights", "--ema")
+
+
 def test_cut_off_files(stdit3, tmp_path):
     path = stdit3 / "model.safetensors"
     whole = path.read_bytes()

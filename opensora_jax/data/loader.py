@@ -208,7 +208,7 @@ class StepSource:
         return self._facts(record, planned, frames_out, interval, rng)
 
     def _latents(self, record: dict, planned: PlannedStep, rng: random.Random, batch: dict, row: int) -> dict:
-        arrays = {key: record[key] for key in ("latents", "text_emb", "text_mask") if key in record}
+        arrays = {key: record[key] for key in ("latents", "text_emb", "text_mask", "y_vec") if key in record}
         return arrays | self._facts(record, planned, len(arrays["latents"]), 1, rng)
 
     def _facts(self, record, planned, num_latent_frames, interval, rng) -> dict:

@@ -1,7 +1,7 @@
 """Shard records: one msgpack map a clip, in ArrayRecord files that can be read at random.
 
 A record holds `id, text, num_frames, fps, height, width`, then `video` (mp4 bytes) or `latents` ([T, H, W, C]) with
-`text_emb` [L, D] and `text_mask` [L]; anything else goes under `meta`. A folder of shards has one side file a shard
+`text_emb` [L, D], `text_mask` [L] and, for Open-Sora 2.0, `y_vec` [D]; anything else goes under `meta`. A folder of shards has one side file a shard
 (its length, checksum and the shapes of its clips: what bucketing needs without opening a record) and one manifest.json.
 Folders may be local, gs:// or s3://.
 """
@@ -20,7 +20,7 @@ from opensora_jax.common.errors import UserError
 
 REQUIRED = {"id": str, "text": str, "num_frames": int, "fps": float, "height": int, "width": int}
 PAYLOADS = ("video", "latents")
-OPTIONAL = ("text_emb", "text_mask", "meta")
+OPTIONAL = ("text_emb", "text_mask", "y_vec", "meta")
 INDEX = ("num_frames", "height", "width", "fps")
 OPTIONS = "group_size:1,uncompressed"  # payloads are compressed already; a group of one makes random reads cheap
 SUFFIX = ".array_record"

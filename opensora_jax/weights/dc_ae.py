@@ -101,10 +101,9 @@ def said_by_diffusers(config: dict) -> dict:
 
 
 def recognise(shapes, config: dict) -> bool:
-    return (
-        of_diffusers(shapes)
-        or (any(name.startswith("encoder.stages.0.op_list.") for name in shapes)
-        and any(name.startswith("decoder.project_in.") for name in shapes))
+    return of_diffusers(shapes) or (
+        any(name.startswith("encoder.stages.0.op_list.") for name in shapes)
+        and any(name.startswith("decoder.project_in.") for name in shapes)
     )
 
 

@@ -144,18 +144,20 @@ class Plan:
     dropped: list[str]
     tied: list[tuple[str, str]]  # (reference name, our path)
 
-    def arrays(self, read: Callable[[str], np.ndarray], dtype=None) -> Iterator[tuple[str, np.ndarray]]:
-        """Our parameters one at a time, each in one host buffer."""
+    def arrays(
+        self, read: Callable[[str], np.ndarray], dtypes: Mapping[str, np.dtype] | None = None
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Our parameters one at a time, each in one host buffer; of these dtypes by path, or as they are."""
         for item in self.assignments:
             if not item.rule.stacked:
                 array = item.rule.transform.forward(read(item.sources[()]))
-                yield item.path, np.ascontiguousarray(array if dtype is None else array.astype(dtype))
+                yield item.path, np.ascontiguousarray(array, dtypes and dtypes[item.path])
                 continue
             buffer = None
             for index, name in sorted(item.sources.items()):
                 array = item.rule.transform.forward(read(name))
                 if buffer is None:
-                    buffer = np.empty(item.shape, dtype or array.dtype)
+                    buffer = np.empty(item.shape, dtypes[item.path] if dtypes else array.dtype)
                 buffer[index] = array
             assert buffer is not None
             yield item.path, buffer

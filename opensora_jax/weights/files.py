@@ -20,6 +20,7 @@ from opensora_jax.weights.store import DTYPES, numpy_dtype
 
 HEADER_LIMIT = 100 * 2**20
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+SUFFIXES = (".safetensors", *PICKLES)
 WRAPPERS = ("state_dict", "model", "module", "model_state_dict", "params")
 EMA = ("ema", "ema_state_dict", "ema_model")
 
@@ -72,6 +73,10 @@ def _without_prefix(found: Checkpoint) -> Checkpoint:
 
 def _open_folder(folder: Path, ema: bool) -> Checkpoint:
     config = _read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    if ema and (beside := next((f for s in SUFFIXES if (f := folder / f"ema{s}").exists()), None)):
+        return _open_file(beside, config, False)
+    if (folder / "model").is_dir():  # a training checkpoint of Open-Sora: model/, ema.pt or ema.safetensors
+        return _open_folder(folder / "model", ema)
     indices = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.bin.index.json"))
     if indices:
         table = _read_json(indices[0]).get("weight_map")
@@ -79,7 +84,7 @@ def _open_folder(folder: Path, ema: bool) -> Checkpoint:
             raise UserError(f"{indices[0]} has no weight_map; it is not an index of shards")
         files = sorted({folder / name for name in table.values()})
         return _joined(folder, files, config, ema, set(table))
-    for pattern in ("*.safetensors", *(f"*{suffix}" for suffix in PICKLES)):
+    for pattern in (f"*{suffix}" for suffix in SUFFIXES):
         files = sorted(folder.glob(pattern))
         if len(files) == 1:
             return _open_file(files[0], config, ema)
@@ -111,6 +116,8 @@ def _joined(folder: Path, files: list[Path], config: dict, ema: bool, expected: 
 
 def _open_file(path: Path, config: dict, ema: bool) -> Checkpoint:
     if path.suffix == ".safetensors":
+        if ema:
+            raise UserError(f"{path} has no EMA weights; name the file that holds them, or leave --ema out")
         return _open_safetensors(path, config)
     if path.suffix in PICKLES:
         return _open_pickle(path, config, ema)
