@@ -52,20 +52,23 @@ def dropped(system, batch: dict, frozen: dict, key, rate: float) -> tuple[dict, 
             raise UserError("this network has no null class to drop to: set config.text.dropout=0")
         extra["drop_label" if "labels" in known else "drop_text"] = draw(1)
     if wants_null_features(system):
-        batch = _with_null(batch, frozen.get("null"), draw)
+        unread = {name for name in ("text_mask", "y_vec") if name in batch and name not in known}
+        batch = _with_null({name: batch[name] for name in batch if name not in unread}, frozen.get("null"), draw)
     elif "drop_text" not in extra and "y" in known:
         extra["drop_text"] = jax.random.bernoulli(key, rate, (rows,))
     return batch, extra
 
 
 def _with_null(batch: dict, null: dict | None, draw) -> dict:
-    if null is None:
+    wanted = [name for name in FEATURES if name in batch]
+    if null is None or not set(wanted) <= set(null):
+        lacking = " and ".join(name for name in wanted if name not in (null or {}))
         raise UserError(
-            "this network has no null caption of its own, and without text encoders there is no empty prompt: "
-            "name config.pipeline, or set config.text.dropout=0"
+            f"this network has no null caption of its own, and without its text encoders there is no {lacking} of an empty "
+            "prompt: name config.pipeline, or set config.text.dropout=0"
         )
     out = dict(batch)
-    for name in (name for name in FEATURES if name in batch and name in null):
+    for name in wanted:
         value, other = batch[name], null[name]
         if value.shape[1:] != other.shape[1:]:
             raise UserError(

@@ -121,7 +121,13 @@ def main(argv=None) -> int:
         finished = int(state["step"])
         log.logger.info("step %d of %d is saved in %s", finished, cfg.steps, checkpoints.folder)
         if args.export and finished >= cfg.steps:
-            trainer.export(state["ema"], frozen or assembly.frozen(layout), loader, args.export, args.export_dtype)
+            trainer.export(
+                state["ema"],
+                frozen if needs_frozen else assembly.frozen(layout),
+                loader,
+                args.export,
+                args.export_dtype,
+            )
             log.logger.info("pipeline written to %s", args.export)
     return 0
 
