@@ -229,7 +229,10 @@ class TfdsSource:
             builder = tfds.builder_from_directory(folder)
             self._data = builder.as_data_source(split)
         except Exception as error:  # TFDS has a class of its own for every way in which a folder can be wrong
-            raise UserError(f"data.source: tfds:{folder}?split={split} cannot be read: {error}") from None
+            what = f"data.source: tfds:{folder}?split={split} cannot be read"
+            if isinstance(error, ImportError):  # its Video feature, for one, is built on TensorFlow
+                raise UserError(f"{what} without TensorFlow ({error}): pip install tensorflow") from None
+            raise UserError(f"{what}: {error}") from None
         features = builder.info.features
         for name in (video, text):
             if name not in features:

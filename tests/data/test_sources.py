@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import json
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -143,6 +145,19 @@ def test_tfds_sets_prepared_by_others(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no feature `text`"):
         open_source(f"tfds:{builder.data_path}")
     assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.skipif(find_spec("tensorflow") is not None, reason="with TensorFlow it is no mistake")
+def test_tfds_features_that_need_tensorflow_say_so(tmp_path):
+    module = "tensorflow_datasets.core.features"
+    video = {"shape": {"dimensions": ["5", "16", "16", "3"]}, "encodingFormat": "png"}
+    features = {"video": {"pythonClassName": f"{module}.video_feature.Video", "video": video}}
+    tree = {"pythonClassName": f"{module}.features_dict.FeaturesDict", "featuresDict": {"features": features}}
+    (tmp_path / "features.json").write_text(json.dumps(tree))
+    info = {"name": "dots", "version": "1.0.0", "fileFormat": "array_record", "splits": []}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"without TensorFlow .*: pip install tensorflow"):
+        open_source(f"tfds:{tmp_path}")
 
 
 @pytest.fixture
