@@ -5,19 +5,23 @@ mode, positions in temporal mode, queries in plain attention (keys stay whole). 
 left to the compiler: between a spatial and a temporal block it becomes one all-to-all.
 """
 
+import math
+
 import jax
 
-from opensora_jax.parallel import rules, shard
+from opensora_jax.parallel import shard
 
 
 def over_mesh(run, operands: dict, names: dict, out_shape, out_names):
     """run(**operands) under the current layout. `names`: logical axes of each operand (a tuple of tuples where the
-    operand is a tuple of arrays); operands that are None are passed on."""
-    where = shard.current()
-    if where is None or where.mesh.size == 1 or jax.sharding.get_abstract_mesh().manual_axes:
+    operand is a tuple of arrays); operands that are None are passed on. Inside a `shard_map`, which handed over this
+    device's share along some axes, only the others are left to cut."""
+    where, manual = shard.current(), shard.manual_axes()
+    left = {} if where is None else {axis: size for axis, size in where.sizes.items() if axis not in manual}
+    if math.prod(left.values()) == 1:
         return run(**operands)
     given = {name: x for name, x in operands.items() if x is not None}
-    spec = lambda axes, x: rules.spec(axes, x.shape, where.rules, where.sizes)
+    spec = lambda axes, x: where.spec(axes, x.shape, without=manual)
     specs = {
         name: tuple(map(spec, names[name], x)) if isinstance(x, tuple) else spec(names[name], x)
         for name, x in given.items()
@@ -25,8 +29,9 @@ def over_mesh(run, operands: dict, names: dict, out_shape, out_names):
     missing = {name: None for name in operands if name not in given}
     return jax.shard_map(
         lambda given: run(**given, **missing),
-        mesh=where.mesh,
+        mesh=jax.sharding.get_abstract_mesh() if manual else where.mesh,
         in_specs=(specs,),
-        out_specs=rules.spec(out_names, out_shape, where.rules, where.sizes),
+        out_specs=where.spec(out_names, out_shape, without=manual),
+        axis_names=set(left),
         check_vma=False,
     )(given)

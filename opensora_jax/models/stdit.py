@@ -15,7 +15,8 @@ from flax import nnx
 
 from opensora_jax.common.shapes import LatentShape
 from opensora_jax.nn.attention import CrossAttention, SelfAttention
-from opensora_jax.nn.blocks import LAYOUT, STREAM, scale_shift_table
+from opensora_jax.nn.blocks import scale_shift_table
+from opensora_jax.nn.context import Sequence
 from opensora_jax.nn.embeddings import CaptionEmbedder, PatchEmbed3D, TimestepEmbedder, unpatchify
 from opensora_jax.nn.final_layer import T2IFinalLayer
 from opensora_jax.nn.linear import Linear, normal, zeros
@@ -92,24 +93,24 @@ class Block(nnx.Module):
         self.norm2 = LayerNorm(width, affine=False)
         self.scale_shift_table = scale_shift_table(6, width, cfg.param_dtype, rngs)
 
-    def __call__(self, x, text, modulation, unmasked, frame_positions, keep):
-        """x [B, T, S, C]; modulation [B, 1 or T, 6C], unmasked [B, 1, 6C] the same as if no frame were a condition;
-        frame_positions [T, 1, C]: zeros but in the first block; keep: drop-path factors [3, B] or None."""
+    def __call__(self, x, sequence, text, modulation, unmasked, frame_positions, keep):
+        """x [B, T, S, C]; modulation [B, 1 or T, 6C] of this device's frames and of all, unmasked [B, 1, 6C] the same
+        as if no frame were a condition; frame_positions [T, 1, C]: zeros but in the first block; keep: drop-path
+        factors [3, B] or None."""
         keep = (None, None, None) if keep is None else keep
-        parts = table_rows(self.scale_shift_table[...], modulation)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
-        h = constrain(modulate(self.norm1(x), shift_msa, scale_msa), *LAYOUT["spatial"])
-        h = constrain(self.attn(h, mode="spatial"), *STREAM)
-        x = x + gated(h, gate_msa, keep[0])
+        table = self.scale_shift_table[...]
+        shift, scale, gate = table_rows(table, modulation[0])[:3]
+        h = self.attn(modulate(self.norm1(x), shift, scale), mode="spatial")
+        x = sequence.by_position(x + gated(h, gate, keep[0]))
 
         # As released: no norm, no modulation, and the spatial gate of the sampled timestep, also on condition frames.
-        h = constrain(x + frame_positions, *LAYOUT["temporal"])
-        h = constrain(self.attn_temp(h, mode="temporal"), *STREAM)
-        x = x + gated(h, table_rows(self.scale_shift_table[...], unmasked)[2], keep[1])
+        h = self.attn_temp(x + frame_positions, mode="temporal")
+        x = x + gated(h, table_rows(table, unmasked)[2], keep[1])
 
         x = x + self.cross_attn(x.reshape(x.shape[0], -1, x.shape[-1]), **text).reshape(x.shape)
-        h = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
-        return constrain(x + gated(h, gate_mlp, keep[2]), *STREAM)
+        shift, scale, gate = table_rows(table, modulation[1])[3:]
+        h = self.mlp(modulate(self.norm2(x), shift, scale))
+        return sequence.by_frame(constrain(x + gated(h, gate, keep[2]), "batch"))
 
 
 class STDiT(nnx.Module):
@@ -130,28 +131,35 @@ class STDiT(nnx.Module):
         drop_text [B] bool; key: for drop path. Returns [B, T, H, W, out] float32."""
         cfg = self.cfg
         frames, rows, columns = x.shape[1:4]
-        tokens = self.x_embedder(x.astype(cfg.dtype))  # [B, T, H', W', C]
+        sequence = Sequence.of(x, cfg.patch_size)
+        given = {"t": t, "y": y, "text_mask": text_mask, "all_mask": x_mask, "drop_text": drop_text}
+        given["keep"] = drop_path(key, cfg.drop_path, (cfg.depth, 3, x.shape[0]))
+        out = sequence.run(STDiT._share, self, (x, x_mask), given, {"keep": (None, None, "batch")})
+        out = out.reshape(*out.shape[:2], sequence.rows, sequence.columns, out.shape[-1])
+        out = unpatchify(out, cfg.patch_size, cfg.out_channels)
+        return out[:, :frames, :rows, :columns].astype(jnp.float32)
+
+    def _share(self, sequence, x, x_mask, *, t, y, text_mask, all_mask, drop_text, keep):
+        """x [B, T, H, W, C] → [B, T', S, patch outputs] of some frames (nn/context.py); all_mask: x_mask of all."""
+        cfg = self.cfg
+        tokens = self.x_embedder(x.astype(cfg.dtype))  # [B, T', H', W', C]
         batch, length, grid_h, grid_w, dim = tokens.shape
         tokens = tokens + grid_sincos((grid_h, grid_w), dim, scale=cfg.space_scale).astype(cfg.dtype)
-        tokens = tokens.reshape(batch, length, grid_h * grid_w, dim)
-        tokens = tap("tokens", constrain(tokens, *STREAM))
+        tokens = tap("tokens", constrain(tokens.reshape(batch, length, grid_h * grid_w, dim), "batch"))
 
         t_vec = tap("t_emb", self.t_embedder(t))
         unmasked = tap("t_block_out", self.t_block(jax.nn.silu(t_vec)))
         zero_vec = self.t_embedder(jnp.zeros_like(t)) if x_mask is not None else t_vec
-        modulation = by_frame(unmasked, self.t_block(jax.nn.silu(zero_vec)), x_mask)
+        condition = self.t_block(jax.nn.silu(zero_vec))
+        modulation = [by_frame(unmasked, condition, mask) for mask in (x_mask, all_mask)]
         text = {"y": tap("y_emb", self.y_embedder(y.astype(cfg.dtype), drop_text)), "text_mask": text_mask}
 
-        positions = sincos_1d(np.arange(length) / cfg.time_scale, dim).astype(cfg.dtype)[:, None]
+        positions = sincos_1d(np.arange(sequence.frames) / cfg.time_scale, dim).astype(cfg.dtype)[:, None]
         first = jnp.arange(cfg.depth) == 0
 
         def layer(h, entry):
             block, is_first, keep = entry
-            return tap("out", block(h, text, modulation, unmasked[:, None], positions * is_first, keep))
+            return tap("out", block(h, sequence, text, modulation, unmasked[:, None], positions * is_first, keep))
 
-        layers = (self.blocks, first, drop_path(key, cfg.drop_path, (cfg.depth, 3, batch)))
-        tokens = run_stack(layer, tokens, layers, remat=cfg.remat)
-
-        out = self.final_layer(tokens, t_vec, x_mask, zero_vec)
-        out = unpatchify(out.reshape(batch, -1, grid_h, grid_w, out.shape[-1]), cfg.patch_size, cfg.out_channels)
-        return out[:, :frames, :rows, :columns].astype(jnp.float32)
+        tokens = run_stack(layer, tokens, (self.blocks, first, keep), remat=cfg.remat)
+        return self.final_layer(tokens, t_vec, x_mask, zero_vec)

@@ -14,7 +14,8 @@ from flax import nnx
 from opensora_jax.common.errors import UserError
 from opensora_jax.common.shapes import LatentShape
 from opensora_jax.nn.attention import CrossAttention, SelfAttention
-from opensora_jax.nn.blocks import LAYOUT, STREAM, scale_shift_table
+from opensora_jax.nn.blocks import scale_shift_table
+from opensora_jax.nn.context import Sequence
 from opensora_jax.nn.embeddings import CaptionEmbedder, PatchEmbed3D, SizeEmbedder, TimestepEmbedder, unpatchify
 from opensora_jax.nn.final_layer import T2IFinalLayer
 from opensora_jax.nn.linear import Linear, normal, zeros
@@ -97,22 +98,23 @@ class Block(nnx.Module):
         self.scale_shift_table = scale_shift_table(6, width, cfg.param_dtype, rngs)
         self.scale_shift_table_temporal = scale_shift_table(3, width, cfg.param_dtype, rngs)
 
-    def __call__(self, x, text, spatial, temporal, rope, keep):
-        """x [B, T, S, C]; spatial [B, 1 or T, 6C] and temporal [B, 1 or T, 3C]: the modulations; keep: drop-path
-        factors [3, B] or None."""
+    def __call__(self, x, sequence, text, spatial, temporal, rope, keep):
+        """x [B, T, S, C]; spatial: modulations [B, 1 or T, 6C] of this device's frames and of all, temporal
+        [B, 1 or T, 3C] of all; keep: drop-path factors [3, B] or None."""
         keep = (None, None, None) if keep is None else keep
-        parts = table_rows(self.scale_shift_table[...], spatial)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
-        h = constrain(modulate(self.norm1(x), shift_msa, scale_msa), *LAYOUT["spatial"])
-        x = x + gated(constrain(self.attn(h, mode="spatial"), *STREAM), gate_msa, keep[0])
+        table = self.scale_shift_table[...]
+        shift, scale, gate = table_rows(table, spatial[0])[:3]
+        h = self.attn(modulate(self.norm1(x), shift, scale), mode="spatial")
+        x = sequence.by_position(x + gated(h, gate, keep[0]))
 
         shift, scale, gate = table_rows(self.scale_shift_table_temporal[...], temporal)
-        h = constrain(modulate(self.norm_temp(x), shift, scale), *LAYOUT["temporal"])
-        x = x + gated(constrain(self.attn_temp(h, mode="temporal", rope=rope), *STREAM), gate, keep[1])
+        h = self.attn_temp(modulate(self.norm_temp(x), shift, scale), mode="temporal", rope=rope)
+        x = x + gated(h, gate, keep[1])
 
         x = x + self.cross_attn(x.reshape(x.shape[0], -1, x.shape[-1]), **text).reshape(x.shape)
-        h = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
-        return constrain(x + gated(h, gate_mlp, keep[2]), *STREAM)
+        shift, scale, gate = table_rows(table, spatial[1])[3:]
+        h = self.mlp(modulate(self.norm2(x), shift, scale))
+        return sequence.by_frame(constrain(x + gated(h, gate, keep[2]), "batch"))
 
 
 class STDiT2(nnx.Module):
@@ -142,35 +144,46 @@ class STDiT2(nnx.Module):
         path. Returns [B, T, H, W, out] float32."""
         cfg = self.cfg
         frames, rows, columns = x.shape[1:4]
-        tokens = self.x_embedder(x.astype(cfg.dtype))  # [B, T, H', W', C]
+        sequence = Sequence.of(x, cfg.patch_size)
+        given = {"t": t, "y": y, "text_mask": text_mask, "all_mask": x_mask, "drop_text": drop_text}
+        given |= {"size": jnp.stack([height, width], -1), "ar": ar, "num_frames": num_frames, "fps": fps}
+        given["scale"] = resolution_scale(height, width, cfg.input_sq_size)
+        given["keep"] = drop_path(key, cfg.drop_path, (cfg.depth, 3, x.shape[0]))
+        out = sequence.run(STDiT2._share, self, (x, x_mask), given, {"scale": (), "keep": (None, None, "batch")})
+        out = out.reshape(*out.shape[:2], sequence.rows, sequence.columns, out.shape[-1])
+        out = unpatchify(out, cfg.patch_size, cfg.out_channels)
+        return out[:, :frames, :rows, :columns].astype(jnp.float32)
+
+    def _share(
+        self, sequence, x, x_mask, *, t, y, text_mask, all_mask, drop_text, size, ar, num_frames, fps, scale, keep
+    ):
+        """x [B, T, H, W, C] → [B, T', S, patch outputs] of some frames (nn/context.py); all_mask: x_mask of all."""
+        cfg = self.cfg
+        tokens = self.x_embedder(x.astype(cfg.dtype))  # [B, T', H', W', C]
         batch, length, grid_h, grid_w, dim = tokens.shape
-        scale = resolution_scale(height, width, cfg.input_sq_size)
         base = round((grid_h * grid_w) ** 0.5)
         tokens = tokens + grid_sincos((grid_h, grid_w), dim, scale=scale, base=base).astype(cfg.dtype)
-        tokens = tokens.reshape(batch, length, grid_h * grid_w, dim)
-        tokens = tap("tokens", constrain(tokens, *STREAM))
+        tokens = tap("tokens", constrain(tokens.reshape(batch, length, grid_h * grid_w, dim), "batch"))
 
-        size = jnp.concatenate([self.csize_embedder(jnp.stack([height, width], -1)), self.ar_embedder(ar)], -1)
+        size = jnp.concatenate([self.csize_embedder(size), self.ar_embedder(ar)], -1)
         pace = self.fl_embedder(num_frames) + self.fps_embedder(fps)
         t_vec = tap("t_emb", self.t_embedder(t))
         zero_vec = self.t_embedder(jnp.zeros_like(t)) if x_mask is not None else t_vec
-        spatial = self._modulation("t_block", t_vec + size, zero_vec + size, x_mask)
-        temporal = self._modulation("t_block_temp", t_vec + pace, zero_vec + pace, x_mask)
+        spatial = self._modulation("t_block", t_vec + size, zero_vec + size, x_mask, all_mask)
+        _, temporal = self._modulation("t_block_temp", t_vec + pace, zero_vec + pace, x_mask, all_mask)
         text = {"y": tap("y_emb", self.y_embedder(y.astype(cfg.dtype), drop_text)), "text_mask": text_mask}
-        rope = rope_table(jnp.arange(length), self.rope_freqs[...])
+        rope = rope_table(jnp.arange(sequence.frames), self.rope_freqs[...])
 
         def layer(h, entry):
             block, keep = entry
-            return tap("out", block(h, text, spatial, temporal, rope, keep))
+            return tap("out", block(h, sequence, text, spatial, temporal, rope, keep))
 
-        layers = (self.blocks, drop_path(key, cfg.drop_path, (cfg.depth, 3, batch)))
-        tokens = run_stack(layer, tokens, layers, remat=cfg.remat)
-
+        tokens = run_stack(layer, tokens, (self.blocks, keep), remat=cfg.remat)
         # As released: generated frames see the bare timestep, condition frames timestep zero and the size.
-        out = self.final_layer(tokens, t_vec, x_mask, zero_vec + size)
-        out = unpatchify(out.reshape(batch, -1, grid_h, grid_w, out.shape[-1]), cfg.patch_size, cfg.out_channels)
-        return out[:, :frames, :rows, :columns].astype(jnp.float32)
+        return self.final_layer(tokens, t_vec, x_mask, zero_vec + size)
 
-    def _modulation(self, name, generated, condition, x_mask):
+    def _modulation(self, name, generated, condition, *masks):
+        """Of the frames of each mask."""
         project = lambda vector: getattr(self, name)(jax.nn.silu(vector))
-        return by_frame(tap(f"{name}_out", project(generated)), project(condition), x_mask)
+        generated, condition = tap(f"{name}_out", project(generated)), project(condition)
+        return [by_frame(generated, condition, mask) for mask in masks]

@@ -13,7 +13,8 @@ from flax import nnx
 
 from opensora_jax.common.shapes import LatentShape
 from opensora_jax.nn.attention import SelfAttention
-from opensora_jax.nn.blocks import STREAM, TextBlock
+from opensora_jax.nn.blocks import TextBlock
+from opensora_jax.nn.context import Sequence
 from opensora_jax.nn.embeddings import CaptionEmbedder, PatchEmbed3D, SizeEmbedder, TimestepEmbedder, unpatchify
 from opensora_jax.nn.final_layer import T2IFinalLayer
 from opensora_jax.nn.linear import Linear, normal, xavier, zeros
@@ -119,37 +120,45 @@ class STDiT3(nnx.Module):
         height and width in pixels [B]; drop_text [B] bool; key: for drop path. Returns [B, T, H, W, out] float32."""
         cfg = self.cfg
         frames, rows, columns = x.shape[1:4]
-        tokens = self.x_embedder(x.astype(cfg.dtype))  # [B, T, H', W', C]
-        batch, _, grid_h, grid_w, dim = tokens.shape
-        scale = resolution_scale(height, width, cfg.input_sq_size)
+        sequence = Sequence.of(x, cfg.patch_size)
+        given = {"t": t, "y": y, "text_mask": text_mask, "all_mask": x_mask, "fps": fps, "drop_text": drop_text}
+        given["scale"] = resolution_scale(height, width, cfg.input_sq_size)
+        given["keep"] = drop_path(key, cfg.drop_path, (cfg.depth, 4, x.shape[0]))
+        out = sequence.run(STDiT3._share, self, (x, x_mask), given, {"scale": (), "keep": (None, None, "batch")})
+        out = out.reshape(*out.shape[:2], sequence.rows, sequence.columns, out.shape[-1])
+        out = unpatchify(out, cfg.patch_size, cfg.out_channels)
+        return out[:, :frames, :rows, :columns].astype(jnp.float32)
+
+    def _share(self, sequence, x, x_mask, *, t, y, text_mask, all_mask, fps, drop_text, scale, keep):
+        """x [B, T, H, W, C] → [B, T', S, patch outputs] of some frames (nn/context.py); all_mask: x_mask of all."""
+        cfg = self.cfg
+        tokens = self.x_embedder(x.astype(cfg.dtype))  # [B, T', H', W', C]
+        batch, length, grid_h, grid_w, dim = tokens.shape
         base = round((grid_h * grid_w) ** 0.5)
         tokens = tokens + grid_sincos((grid_h, grid_w), dim, scale=scale, base=base).astype(cfg.dtype)
-        tokens = tokens.reshape(batch, tokens.shape[1], grid_h * grid_w, -1)
-        tokens = tap("tokens", constrain(tokens, *STREAM))
+        tokens = tap("tokens", constrain(tokens.reshape(batch, length, grid_h * grid_w, dim), "batch"))
 
         fps = tap("fps_emb", self.fps_embedder(fps))
         t_vec = tap("t_emb", self.t_embedder(t)) + fps
         condition_vec = self.t_embedder(jnp.zeros_like(t)) + fps if x_mask is not None else t_vec
-        modulation = by_frame(
-            tap("t_block_out", self.t_block(jax.nn.silu(t_vec))), self.t_block(jax.nn.silu(condition_vec)), x_mask
-        )
+        generated = tap("t_block_out", self.t_block(jax.nn.silu(t_vec)))
+        condition = self.t_block(jax.nn.silu(condition_vec))
+        modulation = {"spatial": by_frame(generated, condition, x_mask)}
+        modulation["temporal"] = by_frame(generated, condition, all_mask)
         embedded = y.astype(cfg.dtype) if cfg.skip_y_embedder else self.y_embedder(y.astype(cfg.dtype), drop_text)
         text = {"y": tap("y_emb", embedded), "text_mask": text_mask}
 
-        rope = rope_table(jnp.arange(tokens.shape[1]), self.rope_freqs[...])
+        rope = rope_table(jnp.arange(sequence.frames), self.rope_freqs[...])
         spatially = lambda attn, h: attn(h, mode="spatial")
         temporally = lambda attn, h: attn(h, mode="temporal", rope=rope)
 
         def pair(h, layers):
             spatial, temporal, keep = layers
             keep = (None, None) if keep is None else (keep[:2], keep[2:])
-            h = spatial(h, spatially, text, modulation, keep=keep[0])
-            h = temporal(tap("spatial_out", h), temporally, text, modulation, mode="temporal", keep=keep[1])
-            return tap("temporal_out", h)
+            h = tap("spatial_out", spatial(h, spatially, text, modulation["spatial"], keep=keep[0]))
+            h = sequence.by_position(h)
+            h = temporal(h, temporally, text, modulation["temporal"], mode="temporal", keep=keep[1])
+            return tap("temporal_out", sequence.by_frame(h))
 
-        layers = (self.spatial_blocks, self.temporal_blocks, drop_path(key, cfg.drop_path, (cfg.depth, 4, batch)))
-        tokens = run_stack(pair, tokens, layers, remat=cfg.remat)
-
-        out = self.final_layer(tokens, t_vec, x_mask, condition_vec)
-        out = unpatchify(out.reshape(batch, -1, grid_h, grid_w, out.shape[-1]), cfg.patch_size, cfg.out_channels)
-        return out[:, :frames, :rows, :columns].astype(jnp.float32)
+        tokens = run_stack(pair, tokens, (self.spatial_blocks, self.temporal_blocks, keep), remat=cfg.remat)
+        return self.final_layer(tokens, t_vec, x_mask, condition_vec)

@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 
 from opensora_jax.nn import taps
+from opensora_jax.nn.context import gathered, in_shares
 
 REMAT_NAMES = ("attention_out", "switched")  # tensors that blocks mark with jax.ad_checkpoint.checkpoint_name
 
@@ -21,6 +22,7 @@ REMAT = {
     "none": None,  # keep everything
     "full": _policies.nothing_saveable,  # keep layer inputs only
     "dots": _policies.dots_with_no_batch_dims_saveable,  # keep matmul results
+    "switches": _policies.save_only_these_names("switched"),  # "full", but no all-to-all of nn/context.py is repeated
     "names": _policies.save_only_these_names(*REMAT_NAMES),
     "offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
@@ -47,7 +49,10 @@ def run_stack(body: Callable, x, layers, *, remat: str = "none", first: int = 0)
             with taps.scope(f"{first + i}/"):
                 x = body(x, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
         return x
-    step = lambda carry, layer: (body(carry, layer), None)
-    if remat != "none":
-        step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
+    step = lambda carry, layer: (body(carry, gathered(layer)), None)
+    policy = REMAT[remat]
+    if policy is None and in_shares(layers):  # keep activations, but not every layer's whole weights
+        policy = lambda primitive, *_, **__: primitive is not jax.lax.all_gather_p
+    if policy is not None:
+        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
     return jax.lax.scan(step, x, layers)[0]

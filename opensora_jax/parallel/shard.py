@@ -27,8 +27,13 @@ class Layout:
     def sizes(self) -> dict[str, int]:
         return dict(self.mesh.shape)
 
+    def spec(self, names, shape, without=()) -> PartitionSpec:
+        """Where an array lies, as far as mesh axes other than `without` are concerned."""
+        sizes = {axis: size for axis, size in self.sizes.items() if axis not in without}
+        return rules_.spec(names, shape, self.rules, sizes)
+
     def sharding(self, names, shape) -> NamedSharding:
-        return NamedSharding(self.mesh, rules_.spec(names, shape, self.rules, self.sizes))
+        return NamedSharding(self.mesh, self.spec(names, shape))
 
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
@@ -65,12 +70,21 @@ def shardings(abstract, axes, where: Layout | None = None):
     return jax.tree.map(lambda leaf, names: where.sharding(names, leaf.shape), abstract, axes)
 
 
+def manual_axes() -> frozenset[str]:
+    """Mesh axes over which this code is already traced for one device (inside `shard_map`)."""
+    return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def constrain(x, *names: str | None):
-    """Pins an activation; outside a layout (a laptop, a converter) it is the identity."""
+    """Pins an activation; outside a layout (a laptop, a converter) it is the identity, and so are manual axes."""
     where = current()
     if where is None:
         return x
-    return jax.lax.with_sharding_constraint(x, where.sharding(names, x.shape))
+    manual = manual_axes()
+    if not manual:
+        return jax.lax.with_sharding_constraint(x, where.sharding(names, x.shape))
+    pinned = where.spec(names, x.shape, without=manual)
+    return jax.lax.with_sharding_constraint(x, pinned) if any(pinned) else x
 
 
 def place_batch(batch: dict, where: Layout) -> dict:
