@@ -322,34 +322,41 @@ def kernel(qkv_ref, extras, o_ref, words, gathered, *, problem):
         x = heads.gather(lambda tile: load(problem, words, which * tiles + tile, index, dtype), head)
         return jnp.where(heads.own(head, rows), x, other)
 
-    def body(index):
+    groups = [range(first, min(first + TOGETHER, heads.count)) for first in range(0, heads.count, TOGETHER)]
+    beside = 2 - problem.tiles % 2  # tiles of scores in one turn of the loop
+
+    def body(first):
         lane = jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
-        totals = jnp.ones((rows, LANES), jnp.float32)
-        groups = [range(first, min(first + TOGETHER, heads.count)) for first in range(0, heads.count, TOGETHER)]
+        totals = [jnp.ones((rows, LANES), jnp.float32)] * beside
+        work = [[(slot, head) for head in group] for slot in range(beside) for group in groups]
         scores, weights = {}, {}
         # One group's products run beside the softmax of the group before and the output of the one before that.
-        for step in range(len(groups) + 2):
-            for head in groups[step] if step < len(groups) else ():
-                q, k = operand(index, 0, head, extras["q_code"][...]), operand(index, 1, head, extras["k_code"][0])
-                scores[head] = dot(q, k, ROWS_BY_ROWS)
-            for head in groups[step - 1] if 0 <= step - 1 < len(groups) else ():
-                x = scores.pop(head)
-                weights[head] = jnp.exp2(x - x.max(-1, keepdims=True)).astype(dtype)
-            for head in groups[step - 2] if step >= 2 else ():
-                out = dot(weights.pop(head), operand(index, 2, head, jnp.ones((), dtype)))
-                totals = jnp.where((lane & ~1) == where[head], out, totals)
-                put(gathered, heads, head, out)
+        for starting, between, ending in zip([*work, [], []], [[], *work, []], [[], [], *work]):
+            for slot, head in starting:
+                q = operand(first + slot, 0, head, extras["q_code"][...])
+                k = operand(first + slot, 1, head, extras["k_code"][0])
+                scores[slot, head] = dot(q, k, ROWS_BY_ROWS)
+            for item in between:
+                x = scores.pop(item)
+                weights[item] = jnp.exp2(x - x.max(-1, keepdims=True)).astype(dtype)
+            for slot, head in ending:
+                out = dot(weights.pop((slot, head)), operand(first + slot, 2, head, jnp.ones((), dtype)))
+                totals[slot] = jnp.where((lane & ~1) == where[head], out, totals[slot])
+                put(gathered, heads, head, out, slot * tiles)
+        for slot in range(beside):
+            divide(first + slot, slot, totals[slot])
+
+    def divide(index, slot, totals):
+        """By the sums of the weights, all heads at once; the result takes the place of q."""
         spread = tpu_channels.split(1.0 / totals, dtype)
         for start in range(0, tiles, 2):
             width = min(2, tiles - start)
             scale = dot(spread, extras["spread"][:, start * LANES : (start + width) * LANES])
             for i in range(width):
-                save(problem, words, start + i, index, (gathered[start + i, :rows] * scale[:, lanes(i)]).astype(dtype))
+                x = gathered[slot * tiles + start + i, :rows] * scale[:, lanes(i)]
+                save(problem, words, start + i, index, x.astype(dtype))
 
-    if problem.tiles == 1:
-        body(0)
-    else:
-        jax.lax.fori_loop(0, problem.tiles, lambda i, _: (body(i), 0)[1], 0)
+    jax.lax.fori_loop(0, problem.tiles // beside, lambda i, _: (body(i * beside), 0)[1], 0)
 
     def finish(first, count):
         at = pl.multiple_of(first * problem.words, problem.words)
@@ -360,9 +367,10 @@ def kernel(qkv_ref, extras, o_ref, words, gathered, *, problem):
     each_chunk(problem, finish)
 
 
-def put(tiles, heads, head, x):
-    """Writes the head's lanes; heads come in order, so only lanes before it are kept."""
+def put(tiles, heads, head, x, start):
+    """Writes the head's lanes into the tiles from `start`; heads come in order, so only lanes before it are kept."""
     tile, first, spans = heads.place(head)
+    tile += start
     lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     at = slice(0, x.shape[0])
     tiles[tile, at] = jnp.where(lane >= first, x, tiles[tile, at]) if first else x
