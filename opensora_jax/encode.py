@@ -49,7 +49,9 @@ def main(argv=None) -> int:
     process, count = jax.process_index(), jax.process_count()
     log.setup(process)
     runtime.set_precision(cfg.precision)
-    layout = shard.layout(make_mesh(cfg.mesh), cfg.mesh.rules)
+    layout = shard.layout(make_mesh(cfg.mesh), cfg.mesh.rules, cfg.mesh.attention)
+    if shard.rows_of_process(layout) != (process, count):
+        raise UserError("encoding shares out clips alone; set config.mesh.context and config.mesh.tensor to 1")
     with shard.use(layout):
         assembly = assemble(cfg)
         trainer = Trainer(cfg, assembly, layout)

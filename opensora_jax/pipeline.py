@@ -26,7 +26,8 @@ from opensora_jax.common.aspect import in_tables
 from opensora_jax.common.errors import UserError
 from opensora_jax.config import Part, build, part, to_plain
 from opensora_jax.generator import CLIP_TOKENS, Generator, Request, SamplingConfig, check_asked, objective_of
-from opensora_jax.parallel.shard import Layout, shardings, use
+from opensora_jax.parallel import runtime
+from opensora_jax.parallel.shard import Layout, put, shardings, to_host, use
 from opensora_jax.system import System
 from opensora_jax.weights import store
 from opensora_jax.weights.engine import flatten, unflatten
@@ -99,14 +100,22 @@ class Pipeline:
         return pipeline
 
     def save_pretrained(self, folder, *, dtype: str | None = None) -> None:
-        """Writes a whole pipeline folder; under its final name only when complete."""
-        folder = Path(folder)
+        """Writes a whole pipeline folder; under its final name only when complete. Process 0 writes, all take part."""
+        if jax.process_index() == 0:
+            self._write(Path(folder), dtype)
+        else:
+            for name in self.system.parts:
+                for array in flatten(self.params[name]).values():
+                    to_host(array)
+        runtime.barrier("export")
+
+    def _write(self, folder: Path, dtype: str | None) -> None:
         if folder.exists() and any(folder.iterdir()) and not (folder / INDEX).exists():
             raise UserError(f"{folder} exists and is no pipeline; choose an empty folder to export to")
         partial_folder = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial_folder, ignore_errors=True)
         for name, part_ in self.system.parts.items():
-            flat = flatten(self.params[name])
+            flat = {path: _Whole(array) for path, array in flatten(self.params[name]).items()}
             store.save_params(partial_folder / name, flat, part_.describe(), dtype)
         for name, tokenizer in (("tokenizer", self.tokenizer), ("tokenizer_2", self.tokenizer_2)):
             if tokenizer is not None:
@@ -240,6 +249,16 @@ def check_sampling(cfg: SamplingConfig, system: System) -> None:
         )
 
 
+class _Whole:
+    """An array that comes to this host when it is written, and not before."""
+
+    def __init__(self, array):
+        self.array, self.shape, self.dtype = array, array.shape, array.dtype
+
+    def __array__(self, dtype=None, copy=None):
+        return to_host(self.array)
+
+
 def read_part(folder: Path, name: str, index: dict, dtype: str | None) -> Part:
     config = read_json(folder / name / "config.json")
     spec = config | {"family": index["parts"][name]} | ({"dtype": dtype} if dtype else {})
@@ -252,7 +271,7 @@ def load_params(folder: Path, network, layout: Layout | None = None) -> dict:
     wanted = flatten(network.abstract)
     reader.check({path: leaf.shape for path, leaf in wanted.items()})
     where = flatten(shardings(network.abstract, network.axes, layout)) if layout else {}
-    place = lambda path, leaf: jax.device_put(reader.read(path).astype(leaf.dtype), where.get(path))
+    place = lambda path, leaf: put(reader.read(path).astype(leaf.dtype), where.get(path))
     return unflatten({path: place(path, leaf) for path, leaf in wanted.items()})
 
 

@@ -194,7 +194,7 @@ def layout_of(text: str):
         key, _, value = item.partition("=")
         config.override(values, key, value)
     mesh = config.build(MeshConfig, values, "--mesh")
-    return shard.layout(make_mesh(mesh), mesh.rules)
+    return shard.layout(make_mesh(mesh), mesh.rules, mesh.attention)
 
 
 def save(folder, index: int, text: str, seed: int, frames, fps: float, pipeline, args):

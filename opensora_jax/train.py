@@ -62,22 +62,21 @@ def main(argv=None) -> int:
         (workdir / "config.json").write_text(json.dumps(config.to_plain(cfg), indent=2) + "\n")
 
     # ---- mesh ----------------------------------------------------------------------------------------------------
-    layout = shard.layout(make_mesh(cfg.mesh), cfg.mesh.rules)
+    layout = shard.layout(make_mesh(cfg.mesh), cfg.mesh.rules, cfg.mesh.attention)
     with shard.use(layout), contextlib.ExitStack() as cleanup:
         # ---- data: what is wrong with it shows before anything is loaded -----------------------------------------
         assembly = assemble(cfg)
         trainer = Trainer(cfg, assembly, layout)
         network = trainer.trained_network()
-        loader = make_loader(
-            trainer.data_config(), process_index=jax.process_index(), process_count=jax.process_count()
-        )
+        share, shares = shard.rows_of_process(layout)
+        loader = make_loader(trainer.data_config(), process_index=share, process_count=shares)
         cleanup.callback(loader.close)
         needs_frozen = trainer.needs_frozen(loader)
 
         # ---- optimizer, state ------------------------------------------------------------------------------------
         mask = optimizer.trainable(network.trainable, cfg.optimizer.freeze)
         tx = optimizer.make(cfg.optimizer, cfg.steps, mask)
-        abstract = abstract_state(network, tx, layout)
+        abstract = abstract_state(network, tx, layout, offload=cfg.optimizer.offload)
         state, _, cursor, how = checkpoints.climb(
             abstract,
             resume_from=cfg.resume_from,

@@ -18,7 +18,7 @@ from opensora_jax.common.shapes import LatentShape
 from opensora_jax.config import part, to_plain
 from opensora_jax.diffusion.conditions import GivenFrames, TrainingConditions
 from opensora_jax.generator import CLIP_TOKENS
-from opensora_jax.parallel.shard import Layout, place_batch, shardings
+from opensora_jax.parallel.shard import Layout, place_batch, rows_of_process, shardings
 from opensora_jax.pipeline import Assembly, Pipeline, load_params, objective_of, read_json
 from opensora_jax.training import optimizer
 from opensora_jax.training.checkpoint import Checkpoints
@@ -153,7 +153,7 @@ class Trainer:
     def work(self, batch: dict, info) -> dict:
         """Latent tokens and model FLOPs (three times forward) of the global batch."""
         rows = next(iter(batch.values()))
-        count = len(rows) * jax.process_count()
+        count = len(rows) * rows_of_process(self.layout)[1]
         if "latents" in batch:
             size = batch["latents"].shape[1:4]
         else:
@@ -225,8 +225,15 @@ class Trainer:
         """The jitted update; it compiles once a bucket."""
         cfg = self.cfg
         step_config = StepConfig(cfg.seed, cfg.ema_decay, cfg.ema_start_steps, cfg.optimizer.accumulate_steps)
-        step = make_step(self.loss_fn(), tx, step_config, optimizer.learning_rate(cfg.optimizer, cfg.steps))
         where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        moves = {}
+        if self.layout.state_rules is not None:
+            moves["cut"] = lambda grads: jax.lax.with_sharding_constraint(grads, where["ema"])
+        if cfg.optimizer.offload:
+            near = jax.tree.map(lambda to: to.with_memory_kind("device"), where["opt"])
+            moves["fetch"] = lambda moments: jax.device_put(moments, near)
+        rate = optimizer.learning_rate(cfg.optimizer, cfg.steps)
+        step = make_step(self.loss_fn(), tx, step_config, rate, **moves)
         return jax.jit(step, donate_argnums=0, out_shardings=(where, self.layout.replicated()))
 
     # ---- what comes out -------------------------------------------------------------------------------------------

@@ -15,20 +15,26 @@ class UserError(Exception):
         self.details = details
 
 
+# Called with exit code, sentence and traceback when an entry fails: how a run on several processes tells its peers.
+at_failure: list[Callable[[int, str, str], None]] = []
+
+
 def guarded(main: Callable[[], int | None]) -> int:
     """Runs an entry's main: a UserError becomes one line on stderr and exit code 2; `--debug` shows the traceback."""
     try:
         return main() or 0
     except UserError as error:
         return _told(str(error), error.details)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        return _told(f"{where}{error.strerror}; free some and give the same command again")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return _fail(130, "interrupted")
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f"{error.filename}: " if error.filename else ""
+            return _told(f"{where}{error.strerror}; free some and give the same command again")
+        first = str(error).strip().partition("\n")[0]
+        _fail(1, f"{type(error).__name__}: {first[:300]}", traceback.format_exc())
+        raise
 
 
 def _told(sentence: str, details: str = "") -> int:
@@ -37,4 +43,10 @@ def _told(sentence: str, details: str = "") -> int:
     if details:
         print(details, file=sys.stderr)
     print(f"error: {sentence}", file=sys.stderr)
-    return 2
+    return _fail(2, sentence)
+
+
+def _fail(code: int, sentence: str, details: str = "") -> int:
+    for call in at_failure:
+        call(code, sentence, details)
+    return code

@@ -14,6 +14,7 @@ from flax import nnx
 
 from opensora_jax.common.errors import UserError
 from opensora_jax.common.shapes import LatentShape
+from opensora_jax.kernels.full import pad_to_shares
 from opensora_jax.nn.blocks import STREAM, ConditionBlock
 from opensora_jax.nn.embeddings import CaptionEmbedder, LabelEmbedder, PatchEmbed3D, TimestepEmbedder, unpatchify
 from opensora_jax.nn.final_layer import AdaLNFinalLayer
@@ -125,6 +126,7 @@ class DiT(nnx.Module):
         tokens = self._run(tokens.reshape(batch, length, grid_h * grid_w, dim), condition)
 
         out = self.final_layer(tokens, last)
+        out = out.reshape(batch, -1, out.shape[-1])[:, : length * grid_h * grid_w]
         out = unpatchify(out.reshape(batch, length, grid_h, grid_w, -1), cfg.patch_size, cfg.out_channels)
         return out[:, :frames, :rows, :columns].astype(jnp.float32)
 
@@ -142,8 +144,9 @@ class DiT(nnx.Module):
         if not self.cfg.no_temporal_pos_emb:
             tokens = tokens + self._frame_positions(length)
         tokens = tokens.reshape(batch, 1, length * space, dim)  # all frames attend to each other
+        tokens, visible = pad_to_shares(tokens, 2)
         tokens = tap("tokens", constrain(tokens, *STREAM))
-        layer = lambda h, block: tap("out", block(h, condition))
+        layer = lambda h, block: tap("out", block(h, condition, mode="full", visible=visible))
         return run_stack(layer, tokens, self.blocks, remat=self.cfg.remat)
 
     def _frame_positions(self, length):

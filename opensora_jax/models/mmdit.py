@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from opensora_jax.common.errors import UserError
 from opensora_jax.common.packing import pack, position_ids, unpack
 from opensora_jax.common.shapes import LatentShape
-from opensora_jax.kernels.attention import attention
+from opensora_jax.kernels.full import full_attention, pad_to_shares, shares
 from opensora_jax.nn.embeddings import TimestepEmbedder
 from opensora_jax.nn.linear import Linear, fan_in_uniform, zeros
 from opensora_jax.nn.mlp import MLP, gelu_tanh
@@ -148,15 +149,14 @@ class DoubleBlock(nnx.Module):
         self.img = Stream(cfg, **kwargs)
         self.txt = Stream(cfg, **kwargs)
 
-    def __call__(self, img, txt, vec, rotate):
-        """img [B, N, C], txt [B, L, C]; vec [B, C] after its SiLU; rotate: rotary embedding of [B, L + N, heads, d]."""
+    def __call__(self, img, txt, vec, attend):
+        """img [B, N, C], txt [B, L, C]; vec [B, C] after its SiLU; attend: q, k, v of all tokens → what they attended."""
         img_rows, txt_rows = self.img.modulation(vec), self.txt.modulation(vec)
         streams = zip(self.txt.project(txt, txt_rows), self.img.project(img, img_rows))
-        q, k, v = (jnp.concatenate(parts, 1) for parts in streams)
-        out = _merge(attention(rotate(q), rotate(k), v))
-        of_txt, of_img = out[:, : txt.shape[1]], out[:, txt.shape[1] :]
-        img = self.img.finish(img, of_img, img_rows)
-        return constrain(img, "batch", "tokens", None), self.txt.finish(txt, of_txt, txt_rows)
+        q, k, v = (weave(*parts) for parts in streams)
+        of_txt, of_img = unweave(attend(q, k, v), txt.shape[1])
+        img, txt = self.img.finish(img, of_img, img_rows), self.txt.finish(txt, of_txt, txt_rows)
+        return constrain(img, "batch", "tokens", None), constrain(txt, "batch", "tokens", None)
 
 
 class SingleBlock(nnx.Module):
@@ -176,7 +176,7 @@ class SingleBlock(nnx.Module):
         self.modulation = Linear(width, 3 * width, ("embed", None), init=fan_in_uniform, **kwargs)
         self.norm = LayerNorm(width, affine=False)
 
-    def __call__(self, x, vec, rotate):
+    def __call__(self, x, vec, attend):
         shift, scale, gate = jnp.split(self.modulation(vec)[:, None], 3, -1)
         h = modulate(self.norm(x), shift, scale)
         if self.linear1 is not None:
@@ -185,7 +185,7 @@ class SingleBlock(nnx.Module):
             q, k = self.q_proj(h), self.k_proj(h)
             v, hidden = jnp.split(self.v_mlp(h), [self.width], -1)
         q, k, v = (_heads(part, self.heads) for part in (q, k, v))
-        attended = _merge(attention(rotate(self.query_norm(q)), rotate(self.key_norm(k)), v))
+        attended = attend(self.query_norm(q), self.key_norm(k), v)
         out = self.linear2(jnp.concatenate([attended, gelu_tanh(hidden)], -1))
         return constrain(x + gated(out, gate), "batch", "tokens", None)
 
@@ -251,21 +251,25 @@ class MMDiT(nnx.Module):
         _agree("cond", cfg.cond_embed, cond)
         if cond is not None:
             img = img + tap("cond_in", self.cond_in(given(cond)))
-        img = constrain(img, "batch", "tokens", None)
-        txt = tap("txt_in", self.txt_in(given(txt)))
-        angles = tap("rope_angles", rope_angles(jnp.concatenate([txt_ids, img_ids], 1), cfg.axes_dim, cfg.theta))
-        rotate = self._rotation(angles)
+        count, txt = img.shape[1], tap("txt_in", self.txt_in(given(txt)))
+        (txt, txt_visible), (img, img_visible) = pad_to_shares(txt, 1), pad_to_shares(img, 1)
+        img, txt = constrain(img, "batch", "tokens", None), constrain(txt, "batch", "tokens", None)
+        visible = weave(txt_visible[None], img_visible[None])[0]
+        ids = weave(*(pad_to_shares(ids, 1)[0] for ids in (txt_ids, img_ids)))
+        rotate = self._rotation(tap("rope_angles", rope_angles(ids, cfg.axes_dim, cfg.theta)))
+        attend = lambda q, k, v: _merge(full_attention(rotate(q), rotate(k), v, visible=visible))
 
         def double(streams, block):
-            img, txt = block(*streams, vec, rotate)
+            img, txt = block(*streams, vec, attend)
             return tap("double_img", img), tap("double_txt", txt)
 
         first_double, first_single = cfg.remat_layers or (cfg.depth, cfg.depth_single_blocks)
         img, txt = self._run(double, (img, txt), self.double_blocks, first_double)
-        joint = constrain(jnp.concatenate([txt, img], 1), "batch", "tokens", None)
-        single = lambda x, block: tap("single", block(x, vec, rotate))
+        joint = constrain(weave(txt, img), "batch", "tokens", None)
+        single = lambda x, block: tap("single", block(x, vec, attend))
         joint = self._run(single, joint, self.single_blocks, first_single)
-        return self.final_layer(joint[:, txt.shape[1] :], vec).astype(jnp.float32)
+        _, img = unweave(joint, txt.shape[1])
+        return self.final_layer(img, vec)[:, :count].astype(jnp.float32)
 
     def _vector(self, t, y_vec, guidance):
         """What modulates every block, after its SiLU: time, pooled text and guidance."""
@@ -291,6 +295,21 @@ class MMDiT(nnx.Module):
         part = lambda first, last: jax.tree.map(lambda leaf: leaf[first:last], layers)
         x = run_stack(body, x, part(0, rematerialised), remat=self.cfg.remat)
         return run_stack(body, x, part(rematerialised, depth))
+
+
+def weave(txt, img):
+    """Text before video, [B, L + N, ...]. Where tokens are shared out, on each device its text before its video, so
+    that joining moves nothing; attention does not care for the order."""
+    cut = lambda x: x.reshape(x.shape[0], shares(), -1, *x.shape[2:])
+    join = np.concatenate if isinstance(txt, np.ndarray) else jnp.concatenate
+    return join([cut(txt), cut(img)], 2).reshape(txt.shape[0], -1, *txt.shape[2:])
+
+
+def unweave(joint, of_text: int):
+    """The first `of_text` tokens, those of text, and the rest."""
+    cut = joint.reshape(joint.shape[0], shares(), -1, *joint.shape[2:])
+    first = of_text // shares()
+    return tuple(part.reshape(part.shape[0], -1, *part.shape[3:]) for part in (cut[:, :, :first], cut[:, :, first:]))
 
 
 def _dropped(value, drop, null):

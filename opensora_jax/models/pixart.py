@@ -16,7 +16,7 @@ from flax import nnx
 
 from opensora_jax.common.errors import UserError
 from opensora_jax.common.shapes import LatentShape
-from opensora_jax.kernels.attention import attention
+from opensora_jax.kernels.full import full_attention, pad_to_shares
 from opensora_jax.nn.attention import SelfAttention
 from opensora_jax.nn.blocks import STREAM, TextBlock
 from opensora_jax.nn.embeddings import CaptionEmbedder, PatchEmbed3D, SizeEmbedder, TimestepEmbedder, unpatchify
@@ -153,15 +153,17 @@ class Compressor(nnx.Module):
 
 
 def attend_compressed(attn: SelfAttention, x, grid, factor: int, compress):
-    """Full attention of all tokens to compressed keys and values; x [B, 1, T*S, C], grid (T, H, W)."""
+    """Full attention of all tokens to compressed keys and values; x [B, 1, N, C] with the tokens of grid (T, H, W) and
+    perhaps padding behind them."""
     batch, dim = x.shape[0], x.shape[-1]
     q, k, v = jnp.split(attn.qkv(x).reshape(batch, -1, 3 * dim), 3, -1)
-    k, v = (compress(part.reshape(batch, *grid, dim)).reshape(batch, -1, dim) for part in (k, v))
+    grids = (part[:, : math.prod(grid)].reshape(batch, *grid, dim) for part in (k, v))
+    k, v = (compress(part).reshape(batch, -1, dim) for part in grids)
     split = lambda a: a.reshape(batch, a.shape[1], attn.heads, -1)
     q, k, v = split(q), split(k), split(v)
     if attn.q_norm is not None:
         q, k = attn.q_norm(q), attn.k_norm(k)
-    return attn.proj(attention(q, k, v).reshape(x.shape))
+    return attn.proj(full_attention(q, k, v).reshape(x.shape))
 
 
 def strided(x_bthwc, factor: int, sampling: str):
@@ -209,9 +211,11 @@ class PixArt(nnx.Module):
             t_vec = t_vec + jnp.concatenate([size, self.ar_embedder(ar)], -1)
         modulation = tap("t_block_out", self.t_block(jax.nn.silu(t_vec)))[:, None]
         text = {"y": tap("y_emb", self.y_embedder(y.astype(cfg.dtype), drop_text)), "text_mask": text_mask}
-        tokens = self._run(tokens, grid, text, modulation, drop_path(key, cfg.drop_path, (cfg.depth, 2, batch)))
+        keep = drop_path(key, cfg.drop_path, (cfg.depth, 2, batch))
+        tokens = self._run(tokens, grid, text, modulation, keep)
 
         out = self.final_layer(tokens, t_vec)
+        out = out.reshape(batch, -1, out.shape[-1])[:, : math.prod(grid)]
         out = unpatchify(out.reshape(batch, *grid, out.shape[-1]), cfg.patch_size, cfg.out_channels)
         return out[:, :frames, :rows, :columns].astype(jnp.float32)
 
@@ -224,12 +228,13 @@ class PixArt(nnx.Module):
         if not cfg.no_temporal_pos_emb:
             when = sincos_1d(np.arange(length) / cfg.time_scale, dim).astype(cfg.dtype)
             tokens = tokens + when[:, None, None]
-        tokens = tokens.reshape(batch, 1, -1, dim)
-        return tap("tokens", constrain(tokens, *STREAM)), (length, *grid)
+        return tokens.reshape(batch, 1, -1, dim), (length, *grid)
 
     def _run(self, tokens, grid, text, modulation, keep):
-        """Runs of layers with the same compression are one scan each."""
+        """Runs of layers with the same compression are one scan each; returned with the padding."""
         cfg = self.cfg
+        tokens, visible = pad_to_shares(tokens, 2)
+        tokens = tap("tokens", constrain(tokens, *STREAM))
         for factor, run in groupby(range(cfg.depth), cfg.kv_factor):
             layers = list(run)
             part = lambda tree, first=layers[0], last=layers[-1] + 1: jax.tree.map(lambda leaf: leaf[first:last], tree)
@@ -240,11 +245,11 @@ class PixArt(nnx.Module):
             def layer(h, entry, factor=factor):
                 module, compressor, kept = entry
                 if factor == 1:
-                    attend = lambda attn, h: attn(h, mode="spatial")
+                    attend = lambda attn, h: attn(h, mode="full", visible=visible)
                 else:
                     compress = compressor or (lambda kv: strided(kv, factor, cfg.kv_compress_sampling))
                     attend = lambda attn, h: attend_compressed(attn, h, grid, factor, compress)
-                return tap("out", module(h, attend, text, modulation, keep=kept))
+                return tap("out", module(h, attend, text, modulation, mode="full", keep=kept))
 
             whole = len(layers) == cfg.depth
             entries = (self.blocks, learned, keep) if whole else (part(self.blocks), learned, part(keep))

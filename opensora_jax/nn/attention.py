@@ -5,8 +5,10 @@ The mathematics is in kernels/; here are the projections, the q/k norms and the 
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from opensora_jax.kernels.attention import attention
+from opensora_jax.kernels.full import full_attention, shares
 from opensora_jax.kernels.stdit import stdit_attention
 from opensora_jax.nn.linear import Linear, xavier
 from opensora_jax.nn.norms import RMSNorm
@@ -15,7 +17,8 @@ from opensora_jax.nn.norms import RMSNorm
 class SelfAttention(nnx.Module):
     """qkv projection [3, heads, head_dim], optional RMS q/k norm, attention, projection.
 
-    `frames` attends within each frame (spatial), `space` along time at each position (temporal), over [B, T, S, C].
+    "spatial" attends within each frame, "temporal" along time at each position, over [B, T, S, C]; "full" over all
+    tokens, [B, 1, S, C], also where they are shared out (kernels/full.py).
     """
 
     def __init__(
@@ -40,18 +43,27 @@ class SelfAttention(nnx.Module):
         self.q_norm = RMSNorm(features // heads, param_dtype=param_dtype) if qk_norm else None
         self.k_norm = RMSNorm(features // heads, param_dtype=param_dtype) if qk_norm else None
 
-    def __call__(self, x_btsc, *, mode: str, rope=None, kv_mask=None):
-        out = stdit_attention(
-            self.qkv(x_btsc),
-            num_heads=self.heads,
-            mode=mode,
-            q_scale=None if self.q_norm is None else self.q_norm.scale[...],
-            k_scale=None if self.k_norm is None else self.k_norm.scale[...],
-            rope=rope,
-            norm_before_rope=self.norm_before_rope,
-            kv_mask=kv_mask,
-        )
-        return self.proj(out)
+    def __call__(self, x_btsc, *, mode: str, rope=None, kv_mask=None, visible=None):
+        """visible: [S] numpy bool, tokens that are no padding (mode "full")."""
+        if mode == "full" and shares() > 1:
+            out = full_attention(*self.project(x_btsc[:, 0]), visible=visible).reshape(x_btsc.shape)
+        else:
+            out = stdit_attention(
+                self.qkv(x_btsc),
+                num_heads=self.heads,
+                mode="spatial" if mode == "full" else mode,
+                q_scale=None if self.q_norm is None else self.q_norm.scale[...],
+                k_scale=None if self.k_norm is None else self.k_norm.scale[...],
+                rope=rope,
+                norm_before_rope=self.norm_before_rope,
+                kv_mask=kv_mask,
+            )
+        return self.proj(checkpoint_name(out, "attention_out"))
+
+    def project(self, x_bnc):
+        """q, k, v [B, N, heads, head_dim], q and k normalised; without rotation."""
+        q, k, v = (part.reshape(*x_bnc.shape[:2], self.heads, -1) for part in jnp.split(self.qkv(x_bnc), 3, -1))
+        return (q, k, v) if self.q_norm is None else (self.q_norm(q), self.k_norm(k), v)
 
 
 class CrossAttention(nnx.Module):

@@ -14,6 +14,7 @@ from opensora_jax.parallel.shard import constrain
 # How activations lie while attention looks along an axis, and otherwise.
 LAYOUT = {"spatial": ("batch", "frames", None, None), "temporal": ("batch", None, "space", None)}
 STREAM = ("batch", "frames", "space", None)
+LAYOUT["full"] = STREAM  # tokens of all frames as one row [B, 1, T*S, C], shared out or not
 
 
 def scale_shift_table(rows_, width, param_dtype, rngs):
@@ -57,11 +58,11 @@ class ConditionBlock(nnx.Module):
         self.norm2 = LayerNorm(width, eps=mlp_norm_eps, affine=False)
         self.modulation = Linear(width, 6 * width, ("embed", None), init=zeros, **kwargs)
 
-    def __call__(self, x, condition, *, mode="spatial"):
-        """x [B, T, S, C]; condition [B, C], shared by all frames."""
+    def __call__(self, x, condition, *, mode="spatial", visible=None):
+        """x [B, T, S, C]; condition [B, C], shared by all frames; visible: tokens that are no padding (mode "full")."""
         parts = rows(self.modulation(jax.nn.silu(condition))[:, None], 6)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
         h = constrain(modulate(self.norm1(x), shift_msa, scale_msa), *LAYOUT[mode])
-        x = x + gated(constrain(self.attn(h, mode=mode), *STREAM), gate_msa)
+        x = x + gated(constrain(self.attn(h, mode=mode, visible=visible), *STREAM), gate_msa)
         h = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
         return constrain(x + gated(h, gate_mlp), *STREAM)

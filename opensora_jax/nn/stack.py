@@ -14,6 +14,7 @@ from flax import nnx
 
 from opensora_jax.nn import taps
 from opensora_jax.nn.context import gathered, in_shares
+from opensora_jax.parallel import shard
 
 REMAT_NAMES = ("attention_out", "switched")  # tensors that blocks mark with jax.ad_checkpoint.checkpoint_name
 
@@ -43,6 +44,8 @@ def run_stack(body: Callable, x, layers, *, remat: str = "none", first: int = 0)
     each layer's taps are named `<index>/<name>`, counted from `first` where a network has several runs of layers."""
     if remat not in REMAT:
         raise ValueError(f"remat={remat!r} is unknown; choose one of {', '.join(REMAT)}")
+    if remat == "offload":
+        shard.need_host_memory("model.remat=offload")
     depth = jax.tree.leaves(layers)[0].shape[0]
     if taps.recording():
         for i in range(depth):

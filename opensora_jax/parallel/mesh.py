@@ -19,6 +19,7 @@ class MeshConfig:
     tensor: int = 1
     slice: int = 1
     rules: str = "fsdp"
+    attention: str = ""  # of whole sequences over `context`: heads, gather or ring; empty: chosen by cost
 
 
 def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:

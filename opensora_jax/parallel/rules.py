@@ -23,11 +23,15 @@ _CONTEXT = {"frames": ("context",), "space": ("context",), "tokens": ("context",
 
 PRESETS: dict[str, Rules] = {
     "dp": _BATCH,
+    "zero": _BATCH,
     "fsdp": _BATCH | _FSDP,
     "fsdp_tp": _BATCH | _FSDP | _TENSOR,
     "fsdp_context": _BATCH | _CONTEXT | {"embed": ("fsdp", "context"), "conv_out": ("fsdp", "context")},
     "full": _BATCH | _TENSOR | _CONTEXT | {"embed": ("fsdp", "context"), "conv_out": ("fsdp", "context")},
 }
+
+# What the optimizer keeps (moments, EMA, gradients on their way to it) lies like the parameters, but for these presets.
+STATE: dict[str, Rules] = {"zero": PRESETS["fsdp"]}
 
 
 def spec(names: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules, axis_sizes: Mapping[str, int]):

@@ -5,11 +5,13 @@ with use(mesh, "fsdp"):
     x = constrain(x, "batch", "frames", "space", None)       # inside a model; does nothing without a mesh
 """
 
+import math
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from opensora_jax.common.errors import UserError
@@ -22,6 +24,8 @@ _current: ContextVar["Layout | None"] = ContextVar("layout", default=None)
 class Layout:
     mesh: Mesh
     rules: rules_.Rules
+    state_rules: rules_.Rules | None = None  # of optimizer state and EMA where they do not lie like the parameters
+    attention: str = ""  # how a sequence that is shared out attends to itself (kernels/full.py); empty: the cheapest
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -38,15 +42,25 @@ class Layout:
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
+    @property
+    def of_state(self) -> "Layout":
+        """The layout of what the optimizer keeps."""
+        return self if self.state_rules is None else Layout(self.mesh, self.state_rules)
+
     def axes_of(self, name: str) -> tuple[str, ...]:
         """Mesh axes wider than one that carry a logical axis."""
         return tuple(axis for axis in self.rules.get(name, ()) if self.sizes.get(axis, 1) > 1)
 
 
-def layout(mesh: Mesh, preset: str) -> Layout:
+ATTENTION = ("heads", "gather", "ring")
+
+
+def layout(mesh: Mesh, preset: str, attention: str = "") -> Layout:
     if preset not in rules_.PRESETS:
         raise UserError(f"mesh.rules={preset!r} is unknown; choose one of {', '.join(rules_.PRESETS)}")
-    return Layout(mesh, rules_.PRESETS[preset])
+    if attention and attention not in ATTENTION:
+        raise UserError(f"mesh.attention={attention!r} is unknown; choose one of {', '.join(ATTENTION)}, or none")
+    return Layout(mesh, rules_.PRESETS[preset], rules_.STATE.get(preset), attention)
 
 
 def current() -> Layout | None:
@@ -75,6 +89,17 @@ def manual_axes() -> frozenset[str]:
     return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+HOST = "pinned_host"  # the host's memory that devices read by themselves
+
+
+def need_host_memory(option: str) -> None:
+    """One sentence where the platform cannot keep arrays of devices with the host."""
+    device = jax.local_devices()[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST not in kinds:
+        raise UserError(f"{option}: {device.platform} devices have no {HOST} memory here, only {', '.join(kinds)}")
+
+
 def constrain(x, *names: str | None):
     """Pins an activation; outside a layout (a laptop, a converter) it is the identity, and so are manual axes."""
     where = current()
@@ -87,12 +112,43 @@ def constrain(x, *names: str | None):
     return jax.lax.with_sharding_constraint(x, pinned) if any(pinned) else x
 
 
+def rows_of_process(where: Layout) -> tuple[int, int]:
+    """(index, count): which share of the global batch this process reads. Processes that share their rows, because
+    `context` or `tensor` reaches over them, read the same share."""
+    parts = math.prod(where.sizes[axis] for axis in where.axes_of("batch"))
+    held = where.sharding(("batch",), (parts,)).addressable_devices_indices_map((parts,)).values()
+    parts_here = sorted({rows.start or 0 for (rows,) in held})
+    first, many = parts_here[0], len(parts_here)
+    if parts_here != list(range(first, first + many)) or parts % many or first % many:
+        raise UserError(
+            f"mesh: the devices of this process hold parts {parts_here} of the batch, which are not in a row"
+        )
+    return first // many, parts // many
+
+
 def place_batch(batch: dict, where: Layout) -> dict:
     """Host arrays of this process → global arrays, cut along the batch axis; every process brings its own rows."""
+    _, count = rows_of_process(where)
 
     def place(array):
-        rows = array.shape[0] * jax.process_count()
-        sharding = where.sharding(("batch", *[None] * (array.ndim - 1)), (rows, *array.shape[1:]))
-        return jax.make_array_from_process_local_data(sharding, array)
+        shape = (array.shape[0] * count, *array.shape[1:])
+        sharding = where.sharding(("batch", *[None] * (array.ndim - 1)), shape)
+        return jax.make_array_from_process_local_data(sharding, array, shape)
 
     return {name: place(array) for name, array in batch.items()}
+
+
+def put(array, where):
+    """A host array that every process holds, onto its devices: each machine uploads its own part."""
+    if where is None or where.is_fully_addressable:
+        return jax.device_put(array, where)
+    return jax.make_array_from_callback(array.shape, where, lambda part: array[part])
+
+
+def to_host(array) -> np.ndarray:
+    """The whole of an array, also of one that lies on several machines; then every process must call this."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)

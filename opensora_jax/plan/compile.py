@@ -86,8 +86,8 @@ class Program:
 
     @property
     def state_bytes(self) -> int:
-        """On one device, exactly: every leaf's own shard."""
-        leaves = jax.tree.leaves(self.held)
+        """On one device, exactly: every leaf's own shard, but for what the host keeps."""
+        leaves = [leaf for leaf in jax.tree.leaves(self.held) if leaf.sharding.memory_kind != shard.HOST]
         return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
     @property
@@ -124,7 +124,7 @@ def trace(cfg: RunConfig, layout: shard.Layout, workload: Workload, target: str 
     network = trainer.trained_network()
     mask = optimizer.trainable(network.trainable, cfg.optimizer.freeze)
     tx = optimizer.make(cfg.optimizer, cfg.steps, mask)
-    state = abstract_state(network, tx, layout)
+    state = abstract_state(network, tx, layout, offload=cfg.optimizer.offload)
     rows = workload.clips * trainer.data_shards * cfg.data.batch_scale
     latents = assembly.trained == "denoiser"
     batch = abstract_batch(trainer, rows, workload.frames, workload.height, workload.width, latents)

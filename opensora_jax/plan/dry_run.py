@@ -34,7 +34,7 @@ def dry_run(tree: dict) -> int:
         raise UserError(
             f"the dry run needs {devices} CPU devices for this mesh, but JAX was already started with fewer"
         )
-    layout = shard.layout(make_mesh(cfg.mesh, jax.devices()[:devices]), cfg.mesh.rules)
+    layout = shard.layout(make_mesh(cfg.mesh, jax.devices()[:devices]), cfg.mesh.rules, cfg.mesh.attention)
     workload = largest(cfg)
     program, lowered = lower(cfg, layout, workload)
     network = program.trainer.trained_network()

@@ -18,7 +18,7 @@ TRACES = {"train": trace, "sample": trace_sample}
 def traced(cfg: RunConfig, topology: Topology, task: str, workload: Workload | None = None, devices=None) -> Program:
     """devices: described ones, by default the topology's own."""
     devices = libtpu.devices(topology) if devices is None else devices
-    layout = shard.layout(mesh_of(cfg.mesh, devices), cfg.mesh.rules)
+    layout = shard.layout(mesh_of(cfg.mesh, devices), cfg.mesh.rules, cfg.mesh.attention)
     target = KERNEL_TARGETS.get(topology.chip.name, topology.chip.name)
     return TRACES[task](cfg, layout, workload or largest(cfg), target)
 

@@ -21,6 +21,7 @@ class OptimizerConfig:
     schedule: str = "constant"  # or "cosine", down to `final_share` at the last step
     final_share: float = 0.0
     accumulate_steps: int = 1  # micro-batches summed before one update
+    offload: bool = False  # keep the moments in host memory, which devices fetch for each update
     freeze: tuple[str, ...] = ()  # regular expressions over parameter paths
 
 

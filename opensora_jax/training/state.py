@@ -1,6 +1,7 @@
 """The train state: a plain dict {params, ema, opt, step} born sharded.
 
-Optimizer state and EMA shard like the parameters that they follow, so memory per device falls with the mesh (ZeRO-3).
+Optimizer state and EMA shard like the parameters that they follow, so memory per device falls with the mesh (ZeRO-3);
+under the preset `zero` they alone are cut. Optimizer state may live in the memory of the host.
 Randomness is not state: every key derives from the run's seed and the step.
 """
 
@@ -8,25 +9,28 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from opensora_jax.parallel.shard import Layout, shardings
+from opensora_jax.parallel.shard import HOST, Layout, need_host_memory, shardings
 
 State = dict
 
 
-def abstract_state(network, tx: optax.GradientTransformation, layout: Layout) -> State:
-    """Shapes, dtypes and shardings of the whole state; touches no memory."""
-    placed = shardings(network.abstract, network.axes, layout)
-    params = jax.tree.map(lambda leaf, where: _struct(leaf, where), network.abstract, placed)
+def abstract_state(network, tx: optax.GradientTransformation, layout: Layout, *, offload: bool = False) -> State:
+    """Shapes, dtypes and shardings of the whole state; touches no memory. offload: moments are kept by the host."""
+    if offload:
+        need_host_memory("config.optimizer.offload")
+    describe = lambda where: jax.tree.map(_struct, network.abstract, shardings(network.abstract, network.axes, where))
+    params, kept = describe(layout), describe(layout.of_state)
     everywhere = layout.replicated()
+    moments = jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind(HOST) if offload else leaf.sharding, kept)
     opt = optax.tree_map_params(
         tx,
-        lambda leaf, param: _struct(leaf, param.sharding),
+        _struct,
         jax.eval_shape(tx.init, network.abstract),
-        params,
+        moments,
         transform_non_params=lambda leaf: _struct(leaf, everywhere),
         is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )
-    ema = jax.tree.map(lambda leaf: _struct(leaf, leaf.sharding, jnp.float32), params)
+    ema = jax.tree.map(lambda leaf: _struct(leaf, leaf.sharding, jnp.float32), kept)
     return {"params": params, "ema": ema, "opt": opt, "step": _struct(jax.ShapeDtypeStruct((), jnp.int32), everywhere)}
 
 

@@ -20,15 +20,23 @@ class StepConfig:
     accumulate_steps: int = 1
 
 
-def make_step(loss_fn: Callable, tx, cfg: StepConfig, schedule: Callable) -> Callable:
-    """loss_fn(params, batch, key, frozen) → (scalar, metrics); frozen: parameters of encoders that are not trained."""
+same = lambda tree: tree
+
+
+def make_step(
+    loss_fn: Callable, tx, cfg: StepConfig, schedule: Callable, *, cut: Callable = same, fetch: Callable = same
+) -> Callable:
+    """loss_fn(params, batch, key, frozen) → (scalar, metrics); frozen: parameters of encoders that are not trained.
+    cut: lays gradients out like the optimizer state; fetch: brings that state to the devices."""
 
     def step(state, batch, frozen):
         key = jax.random.fold_in(jax.random.key(cfg.seed), state["step"])
-        (loss, metrics), grads = _gradients(loss_fn, state["params"], batch, key, frozen, cfg.accumulate_steps)
+        grad_fn = _cut_gradients(loss_fn, cut)
+        (loss, metrics), grads = _gradients(grad_fn, state["params"], batch, key, frozen, cfg.accumulate_steps)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt = tx.update(grads, state["opt"], state["params"])
+        moments = fetch(state["opt"])
+        updates, opt = tx.update(grads, moments, state["params"])
         params = optax.apply_updates(state["params"], updates)
         decay = jnp.where(state["step"] < cfg.ema_start_steps, 0.0, cfg.ema_decay)
         ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p.astype(e.dtype) - e), state["ema"], params)
@@ -37,7 +45,7 @@ def make_step(loss_fn: Callable, tx, cfg: StepConfig, schedule: Callable) -> Cal
         new = {
             "params": choose(params, state["params"]),
             "ema": choose(ema, state["ema"]),
-            "opt": choose(opt, state["opt"]),
+            "opt": choose(opt, moments),
             "step": state["step"] + 1,
         }
         scalars = {name: value for name, value in metrics.items() if jnp.ndim(value) == 0}
@@ -47,8 +55,15 @@ def make_step(loss_fn: Callable, tx, cfg: StepConfig, schedule: Callable) -> Cal
     return step
 
 
-def _gradients(loss_fn, params, batch, key, frozen, parts: int):
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+def _cut_gradients(loss_fn, cut):
+    def value_and_grad(params, batch, key, frozen):
+        out, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key, frozen)
+        return out, cut(grads)
+
+    return value_and_grad
+
+
+def _gradients(value_and_grad, params, batch, key, frozen, parts: int):
     if parts == 1:
         return value_and_grad(params, batch, key, frozen)
 

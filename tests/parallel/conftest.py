@@ -12,6 +12,7 @@ LATENTS_ONLY = ["--config.vae=None", "--config.text_encoder=None", "--config.tex
 # Every preset on a mesh where each of its axes is wider than one.
 MESHES = {
     "dp": MeshConfig(data=8, rules="dp"),
+    "zero": MeshConfig(data=2, fsdp=4, rules="zero"),
     "fsdp": MeshConfig(data=2, fsdp=4, rules="fsdp"),
     "fsdp_tp": MeshConfig(data=2, fsdp=2, tensor=2, rules="fsdp_tp"),
     "fsdp_context": MeshConfig(data=1, fsdp=2, context=4, rules="fsdp_context"),

@@ -51,8 +51,12 @@ def test_every_config_builds_on_every_preset(name, network_of):
         layout = layout_of(preset)
         for network in networks.values():
             whole = [path for path, (size, share) in cut(network, layout).items() if size > LARGE and share == size]
-            assert preset == "dp" or not whole, f"{preset}: {whole} are over 1 MiB and on every device"
+            assert preset in ("dp", "zero") or not whole, f"{preset}: {whole} are over 1 MiB and on every device"
         state = abstract_state(trained, tx, layout)
+        if preset == "zero":
+            kept = jax.tree.leaves((state["opt"], state["ema"]))
+            whole = [leaf.shape for leaf in kept if 4 * leaf.size > LARGE and leaf.sharding.is_fully_replicated]
+            assert not whole, f"optimizer state of shapes {whole} is on every device"
         assert jax.tree.structure(state["params"]) == jax.tree.structure(state["ema"])
 
 
