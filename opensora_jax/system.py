@@ -18,7 +18,11 @@ from opensora_jax.common.shapes import LatentShape
 from opensora_jax.config import Part
 from opensora_jax.diffusion.conditions import GivenFrames, TrainingConditions, encode_with_conditions, frame_weights
 from opensora_jax.nn.params import Network
+from opensora_jax.parallel.shard import constrain
 
+# How pixels and latents enter a VAE under `context`: some rows (or else columns) a device, which trades borders with its
+# neighbours before every convolution. The compiler's partitioner does that exactly, given where they begin.
+ROWS = ("batch", None, "space", "space", None)
 # Batch name → the argument of a denoiser that takes it; other names agree.
 RENAMED = {"text_emb": "y"}
 
@@ -82,9 +86,11 @@ class System:
 
     def encode_video(self, params, video, key=None):
         """[B, T, H, W, 3] in [-1, 1] → latents; a draw of the posterior with a key, its mean without."""
+        video = constrain(video, *ROWS)
         return self.networks["vae"](params, video, key, method="encode").astype(jnp.float32)
 
     def decode_video(self, params, latents, frames: int | None):
+        latents = constrain(latents, *ROWS)
         return self.networks["vae"](params, latents, frames, method="decode").astype(jnp.float32)
 
     @cached_property
