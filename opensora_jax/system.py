@@ -173,24 +173,33 @@ class System:
         return loss_fn
 
     def reconstruction_loss(self, cfg, perceptual=None):
-        """loss_fn of task="vae": L1, optional L2, KL and perceptual terms on pixels."""
+        """loss_fn of task="vae": L1, optional L2, KL and perceptual terms on pixels; with latent_weight also L1 on the
+        image latents that a temporal VAE gives back."""
 
         def loss_fn(params, batch, key, frozen):
             video = batch["video"]
             out = self.networks["vae"](params, video, key if cfg.sample_posterior else None)
             pixels, posterior = (out.x_rec, out.posterior) if hasattr(out, "x_rec") else out
-            error = pixels.astype(jnp.float32) - video
-            terms = {"l1": jnp.abs(error).mean(), "kl": posterior.kl().mean()}
-            loss = terms["l1"] + cfg.kl_weight * terms["kl"]
-            if cfg.l2_weight:
-                terms["l2"] = jnp.square(error).mean()
-                loss += cfg.l2_weight * terms["l2"]
+            terms, loss = {}, 0.0
+            if posterior is not None:
+                terms["kl"] = posterior.kl().mean()
+                loss += cfg.kl_weight * terms["kl"]
+            if cfg.latent_weight:
+                terms["latents"] = jnp.abs(out.x_z_rec - jax.lax.stop_gradient(out.x_z)).mean()
+                loss += cfg.latent_weight * terms["latents"]
+            if cfg.pixel_weight:
+                terms |= _pixel_terms(pixels.astype(jnp.float32), video)
+                loss += cfg.pixel_weight * terms["l1"] + cfg.l2_weight * terms["l2"]
             if perceptual is not None:
                 terms["perceptual"] = perceptual(frozen["perceptual"], pixels, video).mean()
                 loss += cfg.perceptual_weight * terms["perceptual"]
             return loss, terms
 
         return loss_fn
+
+
+def _pixel_terms(pixels, video) -> dict:
+    return {"l1": jnp.abs(pixels - video).mean(), "l2": jnp.square(pixels - video).mean()}
 
 
 def _with_noise(video, encode, key):

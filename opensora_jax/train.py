@@ -74,8 +74,7 @@ def main(argv=None) -> int:
         needs_frozen = trainer.needs_frozen(loader)
 
         # ---- optimizer, state ------------------------------------------------------------------------------------
-        mask = optimizer.trainable(network.trainable, cfg.optimizer.freeze)
-        tx = optimizer.make(cfg.optimizer, cfg.steps, mask)
+        tx = optimizer.make(cfg.optimizer, cfg.steps, trainer.trainable)
         abstract = abstract_state(network, tx, layout, offload=cfg.optimizer.offload)
         state, _, cursor, how = checkpoints.climb(
             abstract,

@@ -173,11 +173,21 @@ class Trainer:
 
     # ---- step -----------------------------------------------------------------------------------------------------
 
+    @property
+    def trainable(self):
+        """A boolean for every parameter: what the network's kind of it and config.optimizer.freeze say."""
+        return optimizer.trainable(self.network.trainable, self.cfg.optimizer.freeze)
+
     def loss_fn(self):
         if self.assembly.trained == "vae":
-            return self.system.reconstruction_loss(self.cfg.vae_loss, self._perceptual())
-        objective, objective_config = objective_of(self.cfg.objective)
-        return self.system.diffusion_loss(objective, objective_config, self.cfg.text.dropout, self.given)
+            loss = self.system.reconstruction_loss(self.cfg.vae_loss, self._perceptual())
+        else:
+            objective, objective_config = objective_of(self.cfg.objective)
+            loss = self.system.diffusion_loss(objective, objective_config, self.cfg.text.dropout, self.given)
+        still = lambda params: jax.tree.map(
+            lambda leaf, yes: leaf if yes else jax.lax.stop_gradient(leaf), params, self.trainable
+        )
+        return lambda params, *args: loss(still(params), *args)  # what stands still costs no backward pass
 
     @cached_property
     def given(self) -> GivenFrames | TrainingConditions | None:

@@ -6,9 +6,11 @@ its Conv (O, I, ...) becomes kernel [..., I, O].
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from opensora_jax.kernels.spec import platform
 from opensora_jax.nn.params import partition
 
 xavier = nnx.initializers.xavier_uniform()
@@ -76,8 +78,28 @@ class Conv(nnx.Conv):
             bias_init=zeros,
             dtype=jnp.dtype(dtype),
             param_dtype=jnp.dtype(param_dtype),
+            conv_general_dilated=_conv3d if len(kernel) == 3 and groups == 1 else jax.lax.conv_general_dilated,
             rngs=rngs,
         )
+
+
+def _conv3d(x, kernel, strides, padding, **kwargs):
+    """XLA's convolution; on a CPU, where it is fast in two dimensions only, the kernel's frames become input channels
+    of a 2-D one (1.3 to 5 times faster with gradients)."""
+    dilations = (*(kwargs["lhs_dilation"] or ()), *(kwargs["rhs_dilation"] or ()))
+    if platform() != "cpu" or isinstance(padding, str) or any(d != 1 for d in dilations):
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
+    x = jnp.pad(x, [(0, 0), padding[0], (0, 0), (0, 0), (0, 0)])
+    taps, stride = kernel.shape[0], strides[0]
+    frames = (x.shape[1] - taps) // stride + 1
+    x = jnp.concatenate([x[:, t : t + stride * (frames - 1) + 1 : stride] for t in range(taps)], -1)
+    kernel = kernel.transpose(1, 2, 0, 3, 4).reshape(*kernel.shape[1:3], -1, kernel.shape[-1])
+    layout = ("NHWC", "HWIO", "NHWC")
+    y = jax.lax.conv_general_dilated(
+        x.reshape(-1, *x.shape[2:]), kernel, strides[1:], padding[1:], dimension_numbers=layout,
+        precision=kwargs["precision"],
+    )  # fmt: skip
+    return y.reshape(-1, frames, *y.shape[1:])
 
 
 class Embed(nnx.Embed):

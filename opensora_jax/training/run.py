@@ -28,7 +28,9 @@ class VaeLossConfig:
 
     kl_weight: float = 1e-6
     sample_posterior: bool = True  # False: an autoencoder of posterior means, which small networks learn faster
+    pixel_weight: float = 1.0  # of the L1 on pixels; 0: the image decoder is not run
     l2_weight: float = 0.0  # beside the L1 of the references
+    latent_weight: float = 0.0  # of the L1 on image latents through the temporal VAE: the first stages of 1.2's VAE
     perceptual_weight: float = 0.1
     perceptual_weights: str = ""  # a converted LPIPS folder; empty: no perceptual term
     calibrate_batches: int = (
