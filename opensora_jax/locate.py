@@ -28,8 +28,8 @@ class Run:
 
 def find(source: str) -> Path | Run:
     """A pipeline folder or a training run; downloads from the Hub when the name is an id and the machine is online."""
-    if (ASSETS / source / INDEX).exists():
-        return ASSETS / source
+    if folder := here(source):
+        return folder
     workdir, _, step = source.partition("@")
     if step and not step.isdigit():
         raise UserError(f"{source}: after @ comes a step number, e.g. {workdir}@2000")
@@ -37,10 +37,7 @@ def find(source: str) -> Path | Run:
         if not is_run(workdir):
             raise UserError(f"{workdir} is no training run; it has no folder {FOLDER_OF_CHECKPOINTS}")
         return Run(workdir, int(step) if step else None)
-    folder = Path(source)
-    if (folder / INDEX).exists():
-        return folder
-    if folder.exists():
+    if Path(source).exists():
         raise UserError(
             f"{source} is neither a pipeline (no {INDEX}) nor a training run (no {FOLDER_OF_CHECKPOINTS}/); "
             "convert reference weights with: python -m opensora_jax.convert --from ... --to ..."
@@ -48,6 +45,11 @@ def find(source: str) -> Path | Run:
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
         return from_hub(source)
     raise UserError(f"{source} does not exist; give a pipeline folder, a training workdir or a Hub id (org/name)")
+
+
+def here(source: str) -> Path | None:
+    """The shipped pipeline or the pipeline folder of this name, if there is one; downloads nothing."""
+    return next((folder for folder in (ASSETS / source, Path(source)) if (folder / INDEX).exists()), None)
 
 
 def is_run(workdir: str) -> bool:

@@ -194,8 +194,9 @@ class Assembly:
 
 def assemble(cfg, dtype: str | None = None, *, weightless: bool = False) -> Assembly:
     """cfg: training.run.RunConfig. A part is described by its own section, or else by the pipeline folder, which also
-    gives the weights of every part that names none. `weightless`: only shapes are wanted (a dry run)."""
-    base = locate.find(cfg.pipeline) if cfg.pipeline and not weightless else None
+    gives the weights of every part that names none. `weightless`: only shapes are wanted (a dry run), and a pipeline
+    that is not on this machine is not missed."""
+    base = (locate.here if weightless else locate.find)(cfg.pipeline) if cfg.pipeline else None
     if isinstance(base, locate.Run):
         raise UserError(f"config.pipeline={cfg.pipeline}: give a pipeline folder; export one with train --export=DIR")
     index = read_json(base / INDEX) if base else {"parts": {}}

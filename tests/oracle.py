@@ -17,7 +17,11 @@ HUES = {name: colorsys.rgb_to_hsv(*(np.array(rgb) / 255))[0] for name, rgb in (C
 
 def matches(frames: np.ndarray, caption: str) -> dict[str, bool]:
     """Which attributes of the caption the clip shows; none when the judge refuses it."""
-    seen, scene = judge(frames), parse_caption(caption)
+    return agrees(judge(frames), caption)
+
+
+def agrees(seen: dict[str, str] | str, caption: str) -> dict[str, bool]:
+    scene = parse_caption(caption)
     return {name: not isinstance(seen, str) and seen[name] == getattr(scene, name) for name in ATTRIBUTES}
 
 

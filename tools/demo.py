@@ -174,20 +174,29 @@ pipeline           python -m opensora_jax.sample --from={out}/pipeline --prompt=
 """)
 
 
+# Steps a minute on two CPU cores, and the share of the time that each stage gets.
+SCRATCH = {"image_vae": (400, 0.15), "vae": (450, 0.15), "decoder": (90, 0.15), "stdit3": (150, 0.5)}
+
+
 def scratch(out: Path, minutes: float) -> None:
-    """VAE and denoiser from nothing, each for its share of the time, at the pace of this machine."""
+    """VAE and denoiser from nothing, as the shipped pipeline was made, each for its share of the time."""
     out.mkdir(parents=True, exist_ok=True)
-    vae_steps, steps = round(minutes * 0.3 * 60 * 2), round(minutes * 0.6 * 60 * 1.5)
-    run(
-        "opensora_jax.train", "--config=configs/demo/vae.py", f"--workdir={out}/vae", f"--export={out}/vae_pipeline",
-        f"--config.steps={vae_steps}",
-    )  # fmt: skip
-    pipeline = f"--config.pipeline={out}/vae_pipeline"
-    run("opensora_jax.encode", "--config=configs/demo/stdit3.py:pixels", f"--out={out}/latents", pipeline)
-    run(
-        "opensora_jax.train", "--config=configs/demo/stdit3.py", f"--workdir={out}/stdit3", f"--export={out}/pipeline",
-        pipeline, f"--config.data.source={out}/latents", f"--config.steps={steps}",
-    )  # fmt: skip
+    steps = {name: max(20, round(pace * share * minutes)) for name, (pace, share) in SCRATCH.items()}
+
+    def train(name: str, config: str, *words: str) -> None:
+        say(f"{name}: {steps[name]} steps")
+        common = (f"--config=configs/demo/{config}", f"--workdir={out}/{name}", f"--config.steps={steps[name]}")
+        run("opensora_jax.train", *common, *words)
+
+    start = f"--config.init_from={out}/"
+    vae, sharp, latents = out / "vae_pipeline", out / "sharp_vae", out / "latents"
+    exact = "--export_dtype=float32"
+    train("image_vae", "image_vae.py")
+    train("vae", "vae.py", f"{start}image_vae", f"--export={vae}", exact)
+    train("decoder", "vae.py:decoder", f"--config.pipeline={vae}", f"{start}vae_pipeline", f"--export={sharp}", exact)
+    pipeline = f"--config.pipeline={sharp}"
+    run("opensora_jax.encode", "--config=configs/demo/stdit3.py:pixels", f"--out={latents}", pipeline)
+    train("stdit3", "stdit3.py", pipeline, f"--config.data.source={latents}", f"--export={out}/pipeline")
     result = sample_and_judge(str(out / "pipeline"))
     print({name: r["share"] for name, r in result.items()})
     print(f"pipeline: {out}/pipeline")

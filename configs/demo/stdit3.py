@@ -16,7 +16,7 @@ def get_config(variant: str = "") -> ConfigDict:
     """variant "pixels": the clips themselves, for encoding."""
     config = ConfigDict()
     config.steps = 4000
-    config.pipeline = "runs/tiny/vae_pipeline"
+    config.pipeline = "runs/tiny/sharp_vae"
     config.model = {
         "family": "stdit3",
         "input_sq_size": 32,

@@ -10,6 +10,8 @@ from opensora_jax.training.metrics import read_jsonl
 from opensora_jax.weights import store
 from opensora_jax.weights.engine import flatten
 
+SMALL = [f"{name}={value}" for name, value in {"block_out_channels": (8, 8), "norm_num_groups": 2}.items()]
+
 
 def test_an_image_vae_trains_with_lpips_and_exports(tmp_path):
     lpips = part("models", {"family": "lpips", "net": "alex"}, "lpips")
@@ -20,14 +22,12 @@ def test_an_image_vae_trains_with_lpips_and_exports(tmp_path):
         "--config.steps=2", "--config.data.source=shapes:all?count=32&size=64&num_frames=1", "--config.data.batch_size=1",
         "--config.data.height=64", "--config.data.width=64", "--config.log.every_steps=1", "--config.log.tensorboard=False",
         f"--config.vae_loss.perceptual_weights={tmp_path / 'lpips'}", "--config.data.allow_starving=True",
+        *(f"--config.vae.{field}" for field in SMALL),
     ]  # fmt: skip
     assert train.main(flags) == 0
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert all(np.isfinite(row["perceptual"]) and row["perceptual"] > 0 for row in rows)
     assert (tmp_path / "vae" / "vae" / "model.safetensors").exists()
-
-
-SMALL = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 2}
 
 
 def test_the_temporal_half_learns_alone_from_the_latents_of_an_image_vae(tmp_path):
@@ -36,17 +36,16 @@ def test_the_temporal_half_learns_alone_from_the_latents_of_an_image_vae(tmp_pat
         "--config.data.height=16", "--config.data.width=16", "--config.data.batch_size=1", "--config.log.every_steps=1",
         "--config.log.tensorboard=False", "--config.data.allow_starving=True", "--export_dtype=float32",
     ]  # fmt: skip
-    spatial = [f"{name}={value}" for name, value in SMALL.items()]
     image = [
         "--config=configs/demo/image_vae.py", f"--workdir={tmp_path / 'image'}", f"--export={tmp_path / 'image_vae'}",
         "--config.data.source=shapes:all?count=16&size=16&num_frames=1", "--config.steps=1",
-        *(f"--config.vae.{field}" for field in spatial),
+        *(f"--config.vae.{field}" for field in SMALL),
     ]  # fmt: skip
     video = [
         "--config=configs/demo/vae.py", f"--workdir={tmp_path / 'video'}", f"--export={tmp_path / 'video_vae'}",
         "--config.data.source=shapes:all?count=16&size=16", "--config.steps=2", f"--config.init_from={tmp_path / 'image'}",
         "--config.vae_loss.calibrate_batches=1", "--config.vae.filters=8",
-        *(f"--config.vae.spatial.{field}" for field in spatial),
+        *(f"--config.vae.spatial.{field}" for field in SMALL),
     ]  # fmt: skip
     assert train.main([*image, *common]) == 0
     assert train.main([*video, *common]) == 0
