@@ -54,5 +54,5 @@ def test_the_temporal_half_learns_alone_from_the_latents_of_an_image_vae(tmp_pat
     assert all(row["latents"] > 0 and "l1" not in row for row in rows)
     before, after = (load_file(tmp_path / name / "vae" / "model.safetensors") for name in ("image_vae", "video_vae"))
     for name, kernel in before.items():
-        np.testing.assert_array_equal(kernel, after[f"spatial.{name}"], err_msg=name)
-    assert any(name.startswith("temporal.") for name in after)
+        np.testing.assert_array_equal(kernel, after[f"spatial/{name}"], err_msg=name)
+    assert any(name.startswith("temporal/") for name in after)
