@@ -3,7 +3,7 @@
     python -m opensora_jax.encode --config=configs/demo/stdit3.py:pixels --out=runs/tiny/latents
     python -m opensora_jax.train  --config=configs/demo/stdit3.py --workdir=runs/tiny/stdit3 --export=runs/tiny/pipeline
 
-Hardware: 45 minutes on two CPU cores. The text encoder keeps its random weights: a caption of ten known
+Hardware: an hour on two CPU cores. The text encoder keeps its random weights: a caption of ten known
 words needs no more, and what the words mean is learned in the denoiser's cross-attention.
 """
 
@@ -15,7 +15,7 @@ SIZE = {"num_frames": 17, "height": 32, "width": 32}
 def get_config(variant: str = "") -> ConfigDict:
     """variant "pixels": the clips themselves, for encoding."""
     config = ConfigDict()
-    config.steps = 4000
+    config.steps = 12000
     config.pipeline = "runs/tiny/sharp_vae"
     config.model = {
         "family": "stdit3",
@@ -41,11 +41,11 @@ def get_config(variant: str = "") -> ConfigDict:
     shift = {"frames": "chunks", "base_area": 32 * 32}
     config.objective = {"name": "rectified_flow", "time": {"method": "logit-normal", "shift": shift}}
     config.sampling = SIZE | {"fps": 8.0, "steps": 30, "guidance_scale": 3.0, "max_length": 16}
-    config.optimizer = {"learning_rate": 1e-3, "eps": 1e-8, "warmup_steps": 200, "schedule": "cosine"}
+    config.optimizer = {"learning_rate": 1.5e-3, "eps": 1e-8, "warmup_steps": 200, "schedule": "cosine"}
     config.ema_decay = 0.999
     config.ema_start_steps = 200
     if variant == "pixels":
-        config.data = SIZE | {"source": "shapes:train?count=8192&seed=2&size=32", "batch_size": 32}
+        config.data = SIZE | {"source": "shapes:train?count=16384&seed=2&size=32", "batch_size": 32}
     else:
         config.data = {"source": "runs/tiny/latents", "batch_size": 32}
     config.checkpoint = {"every_steps": 500, "keep": 1}

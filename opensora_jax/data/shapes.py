@@ -87,7 +87,7 @@ def scenes(split: str, colours: tuple[str, ...] = tuple(COLOURS)) -> list[Scene]
 def draw(scene: Scene, rng: np.random.Generator, *, num_frames: int = 17, size: int = 64, paint=None) -> np.ndarray:
     """[T, size, size, 3] uint8: random radius, start and speed; the shape is whole in every frame and clearly moves.
     paint: RGB in place of the scene's colour."""
-    radius = size * rng.uniform(0.14, 0.21)
+    radius = size * rng.uniform(0.17, 0.25)
     low, high = radius + 1, size - 1 - radius
     travel = rng.uniform(0.28 * size, high - low)
     first = rng.uniform(low, high - travel)
