@@ -87,7 +87,8 @@ class Trainer:
             return data
         stride = 17 / self.system.latent_size(17, 512, 512)[0]
         chunk = getattr(self.system.vae.config, "micro_frame_size", None) or 0
-        return replace(data, time_stride=math.ceil(stride), time_chunk_frames=chunk)
+        shared = int(getattr(self.system.vae.config, "temporal_overlap", False)) if chunk else 0
+        return replace(data, time_stride=math.ceil(stride), time_chunk_frames=chunk, time_overlap_frames=shared)
 
     @property
     def data_shards(self) -> int:

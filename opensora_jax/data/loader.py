@@ -59,6 +59,7 @@ class DataConfig:
     mask_types: Mapping[str, float] | None = None  # 1.3: one condition a batch
     time_stride: int = 1  # pixel frames per latent frame, which x_mask counts in
     time_chunk_frames: int = 0  # frames that the VAE takes at a time (17 in 1.2)
+    time_overlap_frames: int = 0  # frames of them that were in the chunk before too (1 in 1.3)
     num_threads: int = 0  # decoding threads a process; 0 = two a core, 32 at most
     num_workers: int = 0  # reading processes; threads are faster up to a few dozen cores
     prefetch_steps: int = 2
@@ -203,8 +204,9 @@ class StepSource:
             frames = read_frames(record.get("video") or media(record["path"]), indices=indices, size=scale)
         normalize(crop(frames, config.transform, size, rng), batch["video"][row])
         frames_out = latent_frames(
-            bucket.num_frames, time_stride=config.time_stride, time_chunk_frames=config.time_chunk_frames
-        )
+            bucket.num_frames, time_stride=config.time_stride, time_chunk_frames=config.time_chunk_frames,
+            time_overlap_frames=config.time_overlap_frames,
+        )  # fmt: skip
         return self._facts(record, planned, frames_out, interval, rng)
 
     def _latents(self, record: dict, planned: PlannedStep, rng: random.Random, batch: dict, row: int) -> dict:

@@ -108,8 +108,12 @@ def condition_frames(mask_type: str, num_frames: int, rng: random.Random) -> lis
     }[kind]
 
 
-def latent_frames(num_frames: int, *, time_stride: int, time_chunk_frames: int = 0) -> int:
-    """Latent frames of a clip: each chunk (1.2's VAE takes 17 frames at a time; 0 = the whole clip) rounds up by itself."""
-    chunk = time_chunk_frames or num_frames
-    whole, rest = divmod(num_frames, chunk)
+def latent_frames(
+    num_frames: int, *, time_stride: int, time_chunk_frames: int = 0, time_overlap_frames: int = 0
+) -> int:
+    """Latent frames of a clip: each chunk (1.2's VAE takes 17 frames at a time; 0 = the whole clip) rounds up by itself.
+    Chunks of 1.3 share a frame with the one before."""
+    chunk, shared = time_chunk_frames or num_frames, time_overlap_frames if num_frames > time_overlap_frames else 0
+    whole, rest = divmod(num_frames - shared, max(1, chunk - shared))
+    rest += shared if rest else 0
     return whole * -(-chunk // time_stride) + -(-rest // time_stride)

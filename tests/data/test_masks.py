@@ -76,3 +76,10 @@ def test_conditions_of_1_3():
 )
 def test_latent_frames(frames, stride, chunk, latents):
     assert latent_frames(frames, time_stride=stride, time_chunk_frames=chunk) == latents
+
+
+def test_latent_frames_of_chunks_that_share_a_frame():
+    """1.3: 17 frames at a time, each with the last frame of the chunk before."""
+    count = lambda frames: latent_frames(frames, time_stride=4, time_chunk_frames=17, time_overlap_frames=1)
+    assert [count(frames) for frames in (1, 17, 33, 49, 113)] == [1, 5, 10, 15, 35]
+    assert count(40) == 10 + 2  # what is left begins with the shared frame too
