@@ -61,7 +61,7 @@ def test_every_config_builds_on_every_preset(name, network_of):
 
 
 def cut(network, layout) -> dict[str, tuple[int, int]]:
-    """Path → bytes, and bytes on one device; of a stack those of a layer, because biases of 11B in 38 layers add up."""
+    """Path → bytes, and bytes on one device; stacked biases count by layer: those of 38 layers of 11B are 2 MiB."""
     found = {}
     for (path, leaf), names in zip(
         jax.tree_util.tree_leaves_with_path(network.abstract),
@@ -70,6 +70,6 @@ def cut(network, layout) -> dict[str, tuple[int, int]]:
     ):
         assert len(names) == leaf.ndim, f"{path}: axes {names} of an array of shape {leaf.shape}"
         share = math.prod(layout.sharding(names, leaf.shape).shard_shape(leaf.shape))
-        unit = leaf.dtype.itemsize / (leaf.shape[0] if names and names[0] == "layers" else 1)
+        unit = leaf.dtype.itemsize / (leaf.shape[0] if path[-1].key == "bias" and leaf.ndim == 2 else 1)
         found[jax.tree_util.keystr(path)] = (int(leaf.size * unit), int(share * unit))
     return found
