@@ -54,14 +54,15 @@ def test_every_config_builds_on_every_preset(name, network_of):
             assert preset in ("dp", "zero") or not whole, f"{preset}: {whole} are over 1 MiB and on every device"
         state = abstract_state(trained, tx, layout)
         if preset == "zero":
-            kept = jax.tree.leaves((state["opt"], state["ema"]))
-            whole = [leaf.shape for leaf in kept if 4 * leaf.size > LARGE and leaf.sharding.is_fully_replicated]
+            kept = jax.tree_util.tree_leaves_with_path((state["opt"], state["ema"]))
+            kept = [leaf for path, leaf in kept if 4 * leaf.size // layers_of(path, leaf) > LARGE]
+            whole = [leaf.shape for leaf in kept if leaf.sharding.is_fully_replicated]
             assert not whole, f"optimizer state of shapes {whole} is on every device"
         assert jax.tree.structure(state["params"]) == jax.tree.structure(state["ema"])
 
 
 def cut(network, layout) -> dict[str, tuple[int, int]]:
-    """Path → bytes, and bytes on one device; stacked biases count by layer: those of 38 layers of 11B are 2 MiB."""
+    """Path → bytes, and bytes on one device."""
     found = {}
     for (path, leaf), names in zip(
         jax.tree_util.tree_leaves_with_path(network.abstract),
@@ -70,6 +71,11 @@ def cut(network, layout) -> dict[str, tuple[int, int]]:
     ):
         assert len(names) == leaf.ndim, f"{path}: axes {names} of an array of shape {leaf.shape}"
         share = math.prod(layout.sharding(names, leaf.shape).shard_shape(leaf.shape))
-        unit = leaf.dtype.itemsize / (leaf.shape[0] if path[-1].key == "bias" and leaf.ndim == 2 else 1)
+        unit = leaf.dtype.itemsize / layers_of(path, leaf)
         found[jax.tree_util.keystr(path)] = (int(leaf.size * unit), int(share * unit))
     return found
+
+
+def layers_of(path, leaf) -> int:
+    """Stacked biases count by layer: those of 38 layers of 11B are 2 MiB, and stay whole."""
+    return leaf.shape[0] if getattr(path[-1], "key", None) == "bias" and leaf.ndim == 2 else 1
