@@ -22,6 +22,7 @@ def arguments(argv=None):
     )
     parser.add_argument("--task", choices=("train", "sample"), default="train", help="which step (train)")
     parser.add_argument("--hlo", metavar="FILE", default="", help="also write the optimized HLO here")
+    parser.add_argument("--schedules", action="store_true", help="time our kernels by their static schedules (slower)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse(argv)
 
@@ -51,12 +52,13 @@ def main(argv=None) -> int:
 
     from opensora_jax.plan import libtpu
 
-    libtpu.prepare()
+    folder = libtpu.temporary("libtpu-schedules-") if args.schedules else ""
+    libtpu.prepare(libtpu.dump_to(folder) if folder else "")
     from opensora_jax.plan import report, target
     from opensora_jax.training.run import RunConfig
 
     cfg = config.build(RunConfig, tree, "config")
-    plans = [target.compiled(cfg, topology, args.task, args.hlo)]
+    plans = [target.compiled(cfg, topology, args.task, args.hlo, folder)]
     print(report.as_json(plans) if args.json else report.text(plans[0]))
     return 0
 

@@ -13,12 +13,13 @@ from jax.sharding import AxisType, Mesh
 
 from opensora_jax.common.errors import UserError
 from opensora_jax.common.shapes import LatentShape
+from opensora_jax.generator import Generator
 from opensora_jax.kernels import spec
 from opensora_jax.parallel import shard
 from opensora_jax.parallel.mesh import MeshConfig, axis_sizes
-from opensora_jax.pipeline import Pipeline, assemble, objective_of
+from opensora_jax.pipeline import assemble
 from opensora_jax.plan import work
-from opensora_jax.sampling.solver import make as make_solver
+from opensora_jax.sampling.guidance import Guidance
 from opensora_jax.trainer import Trainer, abstract_batch
 from opensora_jax.training import optimizer
 from opensora_jax.training.run import RunConfig
@@ -155,18 +156,20 @@ def trace_sample(cfg: RunConfig, layout: shard.Layout, workload: Workload, targe
     if "y" in given:
         given["drop_text"] = jax.ShapeDtypeStruct((rows,), jnp.bool_)
     branch = jax.tree.map(by_batch, given)
-    solver = make_solver(objective_of(cfg.objective)[1], assembly.sampling.steps, assembly.sampling.solver)
+    sampling = assembly.sampling
+    generator = Generator(system, None)
+    solver = generator._solver(sampling)
     full = lambda value: np.full((rows,), value, np.float32)
     sizes = {"height": full(workload.height), "width": full(workload.width), "num_frames": full(workload.frames)}
-    times = solver.schedule(x.shape, sizes | {"fps": full(assembly.sampling.fps)})
+    times = solver.schedule(x.shape, sizes | {"fps": full(sampling.fps)})
     state = jax.tree.map(by_batch, jax.eval_shape(solver.init, x))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-    pipeline = Pipeline(system, {}, assembly.sampling, None, layout)
-    scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype)
+    number = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+    guidance = Guidance(channels=sampling.guided_channels or None, rescale=sampling.guidance_rescale)
     with scope(layout, target):
-        traced = pipeline._step.trace(
-            params, state, (branch, branch), keys, times, scalar(jnp.int32), scalar(jnp.float32),
-            solver=solver, channels=assembly.sampling.guided_channels or None,
+        traced = generator._step.trace(
+            params, state, (branch, branch), keys, times, number(jnp.int32),
+            (number(jnp.float32), number(jnp.float32, x.shape[1])), solver=solver, guidance=guidance, frames=(),
         )  # fmt: skip
     return Program(trainer, layout, workload, params, traced, shape, target, forwards=2)
 

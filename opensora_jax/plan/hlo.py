@@ -101,7 +101,7 @@ class Contents:
     """Of a step on one device."""
 
     cycles: int  # of everything but kernels and collectives
-    kernel_calls: dict[str, int] = field(default_factory=dict)
+    kernel_calls: dict[str, int] = field(default_factory=dict)  # by the instruction's name
     collectives: tuple[Collective, ...] = ()
 
 
@@ -140,8 +140,7 @@ def contents(module: Module, axis_sizes: dict[str, int]) -> Contents:
             key += (collective.bytes, collective.asynchronous)
             found[key] = found.get(key, 0) + times
         elif op.is_kernel:
-            name = re.sub(r"[.\d]+$", "", op.name)
-            kernels[name] = kernels.get(name, 0) + times
+            kernels[op.name] = kernels.get(op.name, 0) + times
         elif not fused:
             cycles += op.cycles * times
     collectives = (Collective(*key[:5], count=count, asynchronous=key[5]) for key, count in found.items())

@@ -37,9 +37,14 @@ def prepare(extra_arguments: str = "") -> None:
     if extra_arguments:
         os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {extra_arguments}".strip()
     if "TPU_LOG_DIR" not in os.environ:
-        folder = tempfile.mkdtemp(prefix="libtpu-logs-")
-        os.environ["TPU_LOG_DIR"] = folder
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["TPU_LOG_DIR"] = temporary("libtpu-logs-")
+
+
+def temporary(prefix: str) -> str:
+    """A folder that goes away with the process."""
+    folder = tempfile.mkdtemp(prefix=prefix)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def devices(topology) -> list:

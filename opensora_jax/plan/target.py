@@ -5,13 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from opensora_jax.parallel import shard
-from opensora_jax.plan import estimate, hlo, libtpu, work
+from opensora_jax.plan import bundles, estimate, hlo, libtpu, work
 from opensora_jax.plan.chips import Topology
 from opensora_jax.plan.compile import Program, Workload, largest, mesh_of, trace, trace_sample
 from opensora_jax.plan.links import Links
 from opensora_jax.training.run import RunConfig
 
 KERNEL_TARGETS = {"tpu7x": "v7x"}  # kernels/spec.py's name where it differs from the topology's
+LOWER_BOUND = "roofline of their matmuls and traffic, a lower bound"
 TRACES = {"train": trace, "sample": trace_sample}
 
 
@@ -23,8 +24,10 @@ def traced(cfg: RunConfig, topology: Topology, task: str, workload: Workload | N
     return TRACES[task](cfg, layout, workload or largest(cfg), target)
 
 
-def compiled(cfg: RunConfig, topology: Topology, task: str = "train", hlo_file: str = "") -> estimate.Plan:
-    """By the TPU compiler, on this machine."""
+def compiled(
+    cfg: RunConfig, topology: Topology, task: str = "train", hlo_file: str = "", schedules: str = ""
+) -> estimate.Plan:
+    """By the TPU compiler, on this machine. schedules: where libtpu dumps those of our kernels, if it does."""
     program = traced(cfg, topology, task)
     began = time.monotonic()
     executable = program.lower().compile()
@@ -44,6 +47,10 @@ def compiled(cfg: RunConfig, topology: Topology, task: str = "train", hlo_file: 
     arithmetic = work.count(program.traced.jaxpr)
     links = Links.of(topology, sizes, program.layout.mesh.devices)
     plan = described(cfg, topology, program)
+    kernel_seconds, kernels_from = estimate.roofline(arithmetic.kernels, topology), LOWER_BOUND
+    if schedules:
+        by_kernel = bundles.seconds(inside.kernel_calls, Path(schedules), topology.chip.clock)
+        kernel_seconds, kernels_from = max(kernel_seconds, sum(by_kernel.values())), "their static schedules"
     return replace(
         plan,
         source="compiler",
@@ -52,8 +59,8 @@ def compiled(cfg: RunConfig, topology: Topology, task: str = "train", hlo_file: 
         fusion_seconds=inside.cycles / topology.chip.clock,
         fusions_from="the compiler's cycles",
         kernels=tuple(arithmetic.kernels),
-        kernel_seconds=estimate.roofline(arithmetic.kernels, topology),
-        kernels_from="roofline of their matmuls and traffic, a lower bound",
+        kernel_seconds=kernel_seconds,
+        kernels_from=kernels_from,
         collectives=inside.collectives,
         collective_seconds=estimate.timed(inside.collectives, links),
         compile_seconds=seconds,

@@ -60,7 +60,7 @@ def test_cycles_of_loop_bodies_count_as_often_as_they_run(contents):
 
 
 def test_kernels_survive_raw_newlines_in_their_metadata(contents):
-    assert contents.kernel_calls == {"stdit_spatial": 28}
+    assert contents.kernel_calls == {"stdit_spatial.4": 28}
 
 
 def test_collectives_by_kind_axes_and_bytes(contents):
