@@ -9,11 +9,11 @@ from benchmarks import data_loading
 
 def test_a_round_of_the_smallest_set(tmp_path, monkeypatch):
     monkeypatch.setattr(data_loading, "MP4_SETUPS", ((2, 0),))
-    args = argparse.Namespace(clips=4, frames=5, size=32, batch=2, epochs=1, torch_python=None)
+    args = argparse.Namespace(clips=4, frames=5, size=32, batch=2, epochs=1, torch_python=None, latents=False)
     data_loading.write_clips(tmp_path, args)
     rows = data_loading.one_round(tmp_path, args)
     assert {name.split(",")[0] for name in rows} == {
-        "mp4 shards", "mp4 files", "latents of 4 MB", "raw read", "records of next to nothing",
+        "mp4 shards", "mp4 files", "latents of 4 MB", "raw read into fresh memory", "raw read into one buffer", "records of next to nothing",
     }  # fmt: skip
     latents = rows["latents of 4 MB, 1 threads"]
     assert latents["mb_per_second"] == pytest.approx(latents["clips_per_second"] * 8 * 64**3 * 2 / 1e6)

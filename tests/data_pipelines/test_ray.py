@@ -122,7 +122,7 @@ def test_a_killed_driver_resumes(cluster, tmp_path):
     code = DRIVER.format(path=[p for p in sys.path if p], log=log, out=out, address=cluster)
     driver = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     folder = os.path.join(out, "meta", "00_deadly")
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while not (os.path.isdir(folder) and len(files.listing(folder, (".parquet",))) >= 2):
         assert driver.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
