@@ -75,7 +75,8 @@ def _open_folder(folder: Path, ema: bool) -> Checkpoint:
     config = _read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     if ema and (beside := next((f for s in SUFFIXES if (f := folder / f"ema{s}").exists()), None)):
         return _open_file(beside, config, False)
-    if (folder / "model").is_dir():  # a training checkpoint of Open-Sora: model/, ema.pt or ema.safetensors
+    own = [file for file in folder.iterdir() if file.suffix in SUFFIXES and file.stem != "ema"]
+    if (folder / "model").is_dir() and not own:  # Open-Sora's training: model/ beside ema.pt or ema.safetensors
         return _open_folder(folder / "model", ema)
     indices = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.bin.index.json"))
     if indices:
