@@ -29,6 +29,7 @@ REPRESENTATIVE = (
     "v1.0 temporal T=16",
     "v1.0 temporal T=32",
     "v1.0 temporal T=64",
+    "v1.1 temporal T=16 360p",
     "v1.2 temporal T=30 480p",
 )
 
