@@ -106,7 +106,9 @@ def _joined(folder: Path, files: list[Path], config: dict, ema: bool, expected: 
         part = _open_file(file, {}, ema)
         for name in part.shapes:
             if name in owners:
-                raise UserError(f"{name} is in two shards of {folder}: {owners[name].path.name} and {file.name}")
+                raise UserError(
+                    f"{name} is in two files of {folder}: {owners[name].path.name} and {file.name}; name the one to read"
+                )
             owners[name] = part
     if expected is not None and (lost := expected - set(owners)):
         raise UserError(f"the index of {folder} names {len(lost)} tensors that no shard holds, e.g. {sorted(lost)[0]}")

@@ -9,7 +9,10 @@ import pytest
 
 from opensora_jax.common.errors import UserError
 from opensora_jax.common.shapes import LatentShape
+from opensora_jax.config import Part
 from opensora_jax.nn.params import Network
+from opensora_jax.system import System
+from opensora_jax.training.run import VaeLossConfig
 from opensora_jax.vaes import dc_ae
 from opensora_jax.verify.case import Case
 from opensora_jax.weights import dc_ae as table
@@ -96,6 +99,20 @@ def test_image_networks_with_every_other_option():
     config = {"encoder": encoder | {"double_latent": True, "temporal_downsample": []}, "scaling_factor": 0.5}
     config["decoder"] = decoder | {"out_norm": "ln2d", "temporal_upsample": []}
     assert dc_ae.Config(**table.config_from(back, config)) == IMAGE_CONFIG
+
+
+def test_training_without_a_posterior():
+    """There is nothing to sample, so the loss has no KL term."""
+    system = System(vae=Part("vaes", "dc_ae", dataclasses.replace(IMAGE_CONFIG, double_latent=False)))
+    params = system.networks["vae"].abstract
+    loss_fn = system.reconstruction_loss(VaeLossConfig(l2_weight=1.0))
+    batch, key = (
+        {"video": jax.ShapeDtypeStruct((2, 1, 16, 16, 3), "float32")},
+        jax.eval_shape(lambda: jax.random.key(0)),
+    )
+    (loss, terms), gradients = jax.eval_shape(jax.value_and_grad(loss_fn, has_aux=True), params, batch, key, {})
+    assert loss.shape == () and terms.keys() == {"l1", "l2"}
+    assert jax.tree.structure(gradients) == jax.tree.structure(params)
 
 
 def test_mistakes_are_told():
