@@ -177,7 +177,7 @@ def test_a_full_disk_leaves_whole_checkpoints_only(tmp_path, latents):
         folder = disk / "run" / "checkpoints"
         saved = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-        wanted = f"error: {ROWS['the disk is full']}".replace("DIR", str(folder)).replace("N", str(saved[-1]))
+        wanted = f"error: {ROWS['the disk is full']}".replace("DIR", str(folder)).replace("step N", f"step {saved[-1]}")
         assert [line for line in done.stderr.splitlines() if line.startswith("error")] == [wanted]
         assert done.stderr.splitlines()[-1] == wanted
 
