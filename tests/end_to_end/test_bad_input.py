@@ -181,6 +181,5 @@ def test_a_full_disk_leaves_whole_checkpoints_only(tmp_path, latents):
         assert [line for line in done.stderr.splitlines() if line.startswith("error")] == [wanted]
         assert done.stderr.splitlines()[-1] == wanted
 
-        broken = sorted(path.name for path in folder.iterdir() if not path.name.isdigit())
-        assert broken and Checkpoints(disk / "run", CheckpointConfig()).steps() == saved  # what the next run finds
-        assert sorted(path.name for path in folder.iterdir()) == sorted(map(str, saved))
+        assert any(not path.name.isdigit() for path in folder.iterdir())  # something was half written
+        assert Checkpoints(disk / "run", CheckpointConfig()).steps() == saved  # and the next run does not take it
