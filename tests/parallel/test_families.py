@@ -23,7 +23,7 @@ FAMILIES = {
         axes_dim=(4, 4, 4), mlp_ratio=2.0,
     ),
     "latte": TINY | TEXT,
-    "latte_t2v": TINY | TEXT,
+    "latte_t2v": dict(hidden_size=24, depth=2, num_heads=2, sample_size=(4, 4), video_length=3) | TEXT,
     "stdit3_v13": TINY | TEXT | dict(in_channels=4, model_max_length=5, kernel_size=(2, 2, -1), use_spatial_rope=True),
 }  # fmt: skip
 SHAPE = LatentShape(batch=2, frames=3, height=4, width=6, text_tokens=5)
