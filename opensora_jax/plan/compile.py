@@ -1,9 +1,10 @@
 """Compiling a run's step from shapes alone: what `--config.dry_run` and `plan` share."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import AxisType, Mesh
 
 from opensora_jax.common.errors import UserError
 from opensora_jax.common.shapes import LatentShape
+from opensora_jax.config import Part
 from opensora_jax.generator import Generator
 from opensora_jax.kernels import spec
 from opensora_jax.parallel import shard
@@ -94,21 +96,29 @@ class Program:
     @property
     def model_flops(self) -> float:
         """Of one step over the global batch, recomputation not counted: by the network's formula, else counted in a
-        trace of one forward pass with plain attention."""
+        trace of one forward pass with plain attention. Training of a VAE has no formula."""
+        if self.trainer.assembly.trained != "denoiser":
+            return 0.0
         return self.forwards * (self.trainer.forward_flops(self.shape) or self.counted_forward())
 
     def counted_forward(self) -> float:
-        system = self.trainer.system
-        given = dict(system.denoiser.module.inputs(system.denoiser.config, self.shape))
-        x, t = given.pop("x"), given.pop("t")
-        params = system.networks["denoiser"].abstract
-        run = lambda params, x, t, given: system.denoise(params, x, t, **given)
-        with spec.target("cpu"):
-            return work.count(jax.make_jaxpr(run)(params, x, t, given)).flops
+        return self.shape.batch * forward_flops(self.trainer.system.denoiser, replace(self.shape, batch=1))
 
     def lower(self):
         with scope(self.layout, self.target):
             return self.traced.lower(lowering_platforms=("tpu",)) if self.target else self.traced.lower()
+
+
+@functools.lru_cache(maxsize=8)
+def forward_flops(denoiser: Part, shape: LatentShape) -> float:
+    """Matmul FLOPs of one forward pass, counted in its trace; the same for every mesh."""
+    given = dict(denoiser.module.inputs(denoiser.config, shape))
+    x, t = given.pop("x"), given.pop("t")
+    network = denoiser.network()
+    with spec.target("cpu"):
+        return work.count(
+            jax.make_jaxpr(lambda p, x, t, given: network(p, x, t, **given))(network.abstract, x, t, given)
+        ).flops
 
 
 @contextlib.contextmanager
@@ -123,6 +133,10 @@ def trace(cfg: RunConfig, layout: shard.Layout, workload: Workload, target: str 
     assembly = assemble(cfg, weightless=True)
     trainer = Trainer(cfg, assembly, layout)
     network = trainer.trained_network()
+    if assembly.system.vae is None:
+        raise UserError(
+            "config.vae is empty; name its family (it need not have weights): it says how large latents are"
+        )
     mask = optimizer.trainable(network.trainable, cfg.optimizer.freeze)
     tx = optimizer.make(cfg.optimizer, cfg.steps, mask)
     state = abstract_state(network, tx, layout, offload=cfg.optimizer.offload)
@@ -136,26 +150,31 @@ def trace(cfg: RunConfig, layout: shard.Layout, workload: Workload, target: str 
     return Program(trainer, layout, workload, state, traced, shape, target)
 
 
+def placed(leaf, names, layout: shard.Layout) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.sharding(names, leaf.shape))
+
+
+def network_params(network, layout: shard.Layout):
+    """Shapes of a network's parameters, cut over the mesh."""
+    return jax.tree.map(lambda leaf, names: placed(leaf, names, layout), network.abstract, network.axes)
+
+
 def trace_sample(cfg: RunConfig, layout: shard.Layout, workload: Workload, target: str | None = None) -> Program:
     """One step of sampling: both branches of guidance through the denoiser, and the solver's update."""
     assembly = assemble(cfg, weightless=True)
     trainer = Trainer(cfg, assembly, layout)
     network, system = trainer.trained_network(), assembly.system
-    rows = workload.clips * trainer.data_shards
+    rows = workload.clips * trainer.data_shards * cfg.data.batch_scale
     shape = LatentShape(
         rows, *system.latent_size(workload.frames, workload.height, workload.width), cfg.text.max_length
     )
-    where = lambda leaf, names: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=layout.sharding(names, leaf.shape)
-    )
-    by_batch = lambda leaf: where(leaf, ("batch", *[None] * (leaf.ndim - 1)))
-    params = jax.tree.map(where, network.abstract, network.axes)
     given = dict(system.denoiser.module.inputs(system.denoiser.config, shape))
     x = given.pop("x")
     given.pop("t")
-    if "y" in given:
+    if system.learned_null:
         given["drop_text"] = jax.ShapeDtypeStruct((rows,), jnp.bool_)
-    branch = jax.tree.map(by_batch, given)
+    by_batch = lambda leaf: placed(leaf, ("batch", *[None] * (leaf.ndim - 1)), layout)
+    branches = (jax.tree.map(by_batch, given),) * (1 if "guidance" in given else 2)
     sampling = assembly.sampling
     generator = Generator(system, None)
     solver = generator._solver(sampling)
@@ -166,12 +185,13 @@ def trace_sample(cfg: RunConfig, layout: shard.Layout, workload: Workload, targe
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     number = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
     guidance = Guidance(channels=sampling.guided_channels or None, rescale=sampling.guidance_rescale)
+    params = network_params(network, layout)
     with scope(layout, target):
         traced = generator._step.trace(
-            params, state, (branch, branch), keys, times, number(jnp.int32),
+            params, state, branches, keys, times, number(jnp.int32),
             (number(jnp.float32), number(jnp.float32, x.shape[1])), solver=solver, guidance=guidance, frames=(),
         )  # fmt: skip
-    return Program(trainer, layout, workload, params, traced, shape, target, forwards=2)
+    return Program(trainer, layout, workload, params, traced, shape, target, forwards=len(branches))
 
 
 def lower(cfg: RunConfig, layout: shard.Layout, workload: Workload):

@@ -4,6 +4,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import jax
+
+from opensora_jax.common.errors import UserError
 from opensora_jax.parallel import shard
 from opensora_jax.plan import bundles, estimate, hlo, libtpu, work
 from opensora_jax.plan.chips import Topology
@@ -13,14 +16,30 @@ from opensora_jax.training.run import RunConfig
 
 KERNEL_TARGETS = {"tpu7x": "v7x"}  # kernels/spec.py's name where it differs from the topology's
 LOWER_BOUND = "roofline of their matmuls and traffic, a lower bound"
+STAND_IN = "v5p"  # GPU plans are traced with our TPU kernels: like a GPU's, they never write scores to memory
 TRACES = {"train": trace, "sample": trace_sample}
+
+
+def describe(topology: Topology) -> list:
+    """Devices that a mesh can be made of: of the TPU compiler, or as many fake ones of this CPU."""
+    if topology.chip.is_tpu:
+        return libtpu.devices(topology)
+    found = jax.devices("cpu")
+    if len(found) < topology.devices:
+        raise UserError(
+            f"--topology={topology.name} needs {topology.devices} CPU devices, but JAX was started with fewer"
+        )
+    return found[: topology.devices]
 
 
 def traced(cfg: RunConfig, topology: Topology, task: str, workload: Workload | None = None, devices=None) -> Program:
     """devices: described ones, by default the topology's own."""
-    devices = libtpu.devices(topology) if devices is None else devices
+    if cfg.task != "diffusion":
+        raise UserError(f"plan: task={cfg.task!r} is not planned; --config.dry_run=True says what such a step holds")
+    devices = describe(topology) if devices is None else devices
     layout = shard.layout(mesh_of(cfg.mesh, devices), cfg.mesh.rules, cfg.mesh.attention)
-    target = KERNEL_TARGETS.get(topology.chip.name, topology.chip.name)
+    name = topology.chip.name if topology.chip.is_tpu else STAND_IN
+    target = KERNEL_TARGETS.get(name, name)
     return TRACES[task](cfg, layout, workload or largest(cfg), target)
 
 

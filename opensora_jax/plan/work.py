@@ -57,7 +57,7 @@ def _count(jaxpr, times: int, devices: int, work: Work) -> None:
             _count(_bare(params["jaxpr"]), times, devices * spread, work)
         else:
             work.unknown_loops += name == "while"
-            for inner in _jaxprs(params):
+            for inner in inner_jaxprs(params):
                 _count(inner, times, devices, work)
 
 
@@ -98,7 +98,8 @@ def _bare(jaxpr):
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
-def _jaxprs(params: dict):
+def inner_jaxprs(params: dict):
+    """The traces that an equation carries."""
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, Jaxpr | ClosedJaxpr):

@@ -27,6 +27,7 @@ TINY = (
         (["--config=configs/stage3.py"], "--topology is missing; for example v5p:4x4x4"),
         (["--config=configs/stage3.py", "--topology=v9:4x4"], "no chip is called v9"),
         (["--config=configs/stage3.py", "--topology=v5p:4x4x4", "--mesh=dat=2"], "is not AXIS=N"),
+        (["--config=configs/stage3.py", "--topology=v5p:4x4x4", "--serch"], "did you mean --search"),
     ],
 )
 def test_mistakes_are_one_line(words, said, capsys):

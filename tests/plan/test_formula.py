@@ -1,0 +1,105 @@
+"""Plans by formula: one trace for all meshes, candidates of a search, and the ranking."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from opensora_jax import config
+from opensora_jax.common.errors import UserError
+from opensora_jax.parallel import shard
+from opensora_jax.parallel.mesh import MeshConfig
+from opensora_jax.plan import chips, formula, search, target
+from opensora_jax.plan.compile import mesh_of
+from opensora_jax.training.run import RunConfig
+
+GPUS = chips.parse("h100:8x1")
+
+
+@pytest.fixture(scope="module")
+def cfg():
+    words = [
+        "--config.model.remat=full",
+        "--config.data.num_frames=34",
+        "--config.mesh.fsdp=2",
+        "--config.mesh.context=2",
+    ]
+    return config.build(
+        RunConfig, config.load("configs/debug.py", [*words, "--config.mesh.rules=fsdp_context"]), "config"
+    )
+
+
+@pytest.fixture(scope="module")
+def traced(cfg):
+    return formula.Traced.of(target.traced(cfg, GPUS, "train"))
+
+
+def test_a_trace_names_layers_and_what_they_keep(cfg, traced):
+    depth, clips = cfg.model["depth"], traced.program.shape.batch
+    latents = traced.program.shape.frames * traced.program.shape.height * traced.program.shape.width
+    stream = 4.0 * clips * latents // 4 * cfg.model["hidden_size"]  # patches of 2x2, float32
+    assert traced.shape.layers == depth
+    assert traced.shape.stream == stream
+    assert traced.shape.kept >= depth * stream  # full remat keeps at least what enters each layer
+    assert traced.shape.widest > 4 * stream  # the MLP alone is four times as wide
+
+
+def test_plans_of_other_meshes_need_no_other_trace(cfg, traced):
+    here = traced.plan(cfg, GPUS)
+    wide = replace(cfg, mesh=MeshConfig(1, 8, 1, rules="fsdp"))
+    layout = shard.layout(mesh_of(wide.mesh, jax.devices()[:8]), "fsdp")
+    there = traced.plan(wide, GPUS, formula.relaid(wide, traced.program, layout))
+    assert here.source == there.source == "formula"
+    assert (here.batch, there.batch) == (4 * cfg.data.batch_size, 8 * cfg.data.batch_size)
+    assert there.model_flops == pytest.approx(2 * here.model_flops)
+    assert {c.kind for c in here.collectives} == {"all-gather", "reduce-scatter", "all-reduce", "all-to-all"}
+    assert {c.kind for c in there.collectives} == {"all-gather", "reduce-scatter"}
+    fresh = formula.Traced.of(target.traced(wide, GPUS, "train")).plan(wide, GPUS)
+    assert fresh.memory.arguments == there.memory.arguments
+    assert fresh.hardware_flops == pytest.approx(there.hardware_flops, rel=0.02)
+
+
+def test_micro_batches_keep_less_and_gather_more(cfg, traced):
+    halves = replace(cfg, optimizer=replace(cfg.optimizer, accumulate_steps=2))
+    one, two = traced.plan(cfg, GPUS), traced.plan(halves, GPUS)
+    assert two.memory.temporaries < one.memory.temporaries
+    gathered = lambda plan: sum(c.moved for c in plan.collectives if c.kind == "all-gather")
+    assert gathered(two) == 2 * gathered(one)
+
+
+def test_a_step_of_sampling_has_no_gradients(cfg, traced):
+    sampled = formula.Traced.of(target.traced(cfg, GPUS, "sample")).plan(cfg, GPUS)
+    trained = traced.plan(cfg, GPUS)
+    assert sampled.model_flops == pytest.approx(trained.model_flops * 2 / 3)
+    assert sampled.model_flops <= sampled.hardware_flops < trained.hardware_flops
+    assert sampled.memory.peak < trained.memory.peak
+    assert {c.kind for c in sampled.collectives} == {"all-gather", "all-to-all"}
+
+
+def test_candidates_multiply_to_the_devices(cfg):
+    found = list(search.candidates(cfg, 8, "train"))
+    assert {m.mesh.data * m.mesh.fsdp * m.mesh.context for m in found} == {8}
+    assert {m.model["remat"] for m in found} == set(search.REMAT)
+    assert {m.optimizer.accumulate_steps for m in found} == set(search.MICRO_BATCHES)
+    assert len({(str(m.mesh), m.model["remat"], m.optimizer.accumulate_steps) for m in found}) == len(found) == 90
+
+
+def test_a_search_ranks_what_fits(cfg, monkeypatch):
+    monkeypatch.setattr(search, "REMAT", ("full",))
+    monkeypatch.setattr(search, "MICRO_BATCHES", (1, 2))
+    plans = search.search(cfg, GPUS, "train", jax.devices()[:8], compile_best=1)
+    assert all(plan.fits for plan in plans) and len(plans) == 20
+    per_token = [plan.step_seconds / plan.tokens for plan in plans]
+    assert per_token == sorted(per_token)
+    small = replace(GPUS, chip=replace(GPUS.chip, memory=1e5))
+    with pytest.raises(UserError, match="nothing fits"):
+        search.search(cfg, small, "train", jax.devices()[:8], compile_best=0)
+
+
+def test_the_most_that_lives_at_once():
+    def chain(x):  # x is the caller's; two values of its size live at a time
+        return jnp.sin(jnp.cos(jnp.exp(x)))
+
+    jaxpr = jax.make_jaxpr(chain)(jax.ShapeDtypeStruct((256,), jnp.float32)).jaxpr
+    assert formula.moment(jaxpr) == 2 * 1024
