@@ -51,7 +51,7 @@ class Ocr(Stage):
             image = enlarged(image, self.config.side)
             with self.lock:
                 result = self.detector(image[..., ::-1])
-            pairs = [] if result.boxes is None else list(zip(result.boxes, result.scores))
+            pairs = [] if result.boxes is None else list(zip(list(result.boxes), list(result.scores)))
             boxes = [np.asarray(box, np.float32) for box, score in pairs if score > self.config.score]
             boxes = [box for box in boxes if covered([box], image.shape[:2]) <= self.config.largest]
             found.append((len(boxes), covered(boxes, image.shape[:2])))

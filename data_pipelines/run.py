@@ -12,7 +12,7 @@ import ast
 import importlib.util
 import os
 import sys
-from typing import Any
+from typing import Any, cast
 
 import ml_collections
 
@@ -43,20 +43,21 @@ def override(config: ml_collections.ConfigDict, name: str, text: str) -> None:
     except (ValueError, SyntaxError):
         value = text
     *folders, last = name.split(".")
+    place: Any = config
     for folder in folders:
-        if folder in config.get("steps", ()) and folder not in config:
-            with config.unlocked():
-                config[folder] = ml_collections.ConfigDict()
-        if folder not in config:
+        if folder in place.get("steps", ()) and folder not in place:
+            with place.unlocked():
+                place[folder] = ml_collections.ConfigDict()
+        if folder not in place:
             raise UserError(f"--config.{name}: there is no step {folder}; steps are {', '.join(config.steps)}")
-        config = config[folder]
-    with config.ignore_type(), config.unlocked():
-        config[last] = value
+        place = place[folder]
+    with place.ignore_type(), place.unlocked():
+        place[last] = value
 
 
 def steps(config: ml_collections.ConfigDict) -> list[Step]:
-    made = []
-    for label in config.steps:
+    made, labels = [], cast(list[str], config.steps)
+    for label in labels:
         chosen = dict(config.get(label, {}))
         stage = find(chosen.pop("stage", label))
         made.append(Step(label, stage, configure(stage, chosen)))

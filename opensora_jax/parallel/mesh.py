@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from opensora_jax.common.errors import UserError
@@ -50,7 +51,9 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     kinds = (AxisType.Auto,) * len(sizes)
     if "slice" in sizes:
         return Mesh(_joined(sizes, devices), tuple(sizes), axis_types=kinds)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
+    # An axis may take a part of a side of the torus, as context=8 on a 4x4x4.
+    placed = mesh_utils.create_device_mesh(tuple(sizes.values()), list(devices), allow_split_physical_axes=True)
+    return Mesh(placed, tuple(sizes), axis_types=kinds)
 
 
 def _joined(sizes: dict[str, int], devices) -> np.ndarray:
@@ -60,8 +63,6 @@ def _joined(sizes: dict[str, int], devices) -> np.ndarray:
         return np.asarray(devices).reshape(tuple(sizes.values()))
     if pods != sizes["slice"]:
         raise UserError(f"mesh: slice={sizes['slice']}, but {pods} pods are here; set config.mesh.slice={pods}")
-    from jax.experimental import mesh_utils
-
     inner = tuple(size for axis, size in sizes.items() if axis != "slice")
     return mesh_utils.create_hybrid_device_mesh((1, *inner), (sizes["slice"], *[1] * len(inner)), devices)
 

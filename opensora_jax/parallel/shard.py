@@ -117,7 +117,7 @@ def rows_of_process(where: Layout) -> tuple[int, int]:
     `context` or `tensor` reaches over them, read the same share."""
     parts = math.prod(where.sizes[axis] for axis in where.axes_of("batch"))
     held = where.sharding(("batch",), (parts,)).addressable_devices_indices_map((parts,)).values()
-    parts_here = sorted({rows.start or 0 for (rows,) in held})
+    parts_here = sorted({index[0].start or 0 for index in held if index})
     first, many = parts_here[0], len(parts_here)
     if parts_here != list(range(first, first + many)) or parts % many or first % many:
         raise UserError(

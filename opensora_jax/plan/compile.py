@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from opensora_jax.common.errors import UserError
 from opensora_jax.common.shapes import LatentShape
@@ -18,7 +18,7 @@ from opensora_jax.config import Part
 from opensora_jax.generator import Generator
 from opensora_jax.kernels import spec
 from opensora_jax.parallel import shard
-from opensora_jax.parallel.mesh import MeshConfig, axis_sizes
+from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.pipeline import assemble
 from opensora_jax.plan import work
 from opensora_jax.sampling.guidance import Guidance
@@ -64,14 +64,10 @@ def largest(cfg: RunConfig) -> Workload:
 
 
 def mesh_of(config: MeshConfig, devices: Sequence) -> Mesh:
-    """The config's mesh over described devices; an axis may take a part of a side of the torus."""
-    from jax.experimental import mesh_utils
-
+    """The config's mesh over described devices."""
     if config.slice > 1:
         raise UserError("plan: one topology is one pod; plan it with config.mesh.slice=1")
-    sizes = axis_sizes(config, len(devices))
-    placed = mesh_utils.create_device_mesh(tuple(sizes.values()), list(devices), allow_split_physical_axes=True)
-    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    return make_mesh(config, devices)
 
 
 @dataclass(frozen=True)
