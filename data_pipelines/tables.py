@@ -11,7 +11,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from data_pipelines import files
@@ -139,8 +138,10 @@ class Pieces:
             kind = Path(found[0]).suffix[1:]
             inner = [files.system(name)[1] for name in found]
         self.rows = rows
+        from pyarrow import dataset  # loads pandas where that is installed: a second
+
         try:
-            self.data = pyarrow.dataset.dataset(inner, format=kind, filesystem=fs)
+            self.data = dataset.dataset(inner, format=kind, filesystem=fs)
         except pa.ArrowInvalid as error:
             raise UserError(f"--input {source} is not a readable table: {error}") from error
         self.schema = self.data.schema

@@ -30,6 +30,7 @@ def test_a_bare_state_dict_is_taken_for_the_released_windows():
         "x_embedder.proj.weight": (144, 16, 1, 2, 2),
         "spatial_blocks.0.mlp.fc1.weight": (576, 144),
         "y_embedder.y_embedding": (300, 4096),
+        "y_embedder.y_proj.fc1.weight": (144, 4096),
         "final_layer.linear.weight": (128, 144),
     }
     windowed = table.config_from(shapes | {"rope.freqs": (12,)}, {})

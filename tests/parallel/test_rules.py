@@ -46,6 +46,6 @@ def test_presets_use_only_the_closed_vocabulary():
 
 
 def test_an_unknown_preset_is_one_sentence():
-    with pytest.raises(UserError, match="'zero4' is unknown; choose one of dp, fsdp,") as caught:
+    with pytest.raises(UserError, match="'zero4' is unknown; choose one of dp, zero, fsdp,") as caught:
         shard.layout(make_mesh(MeshConfig()), "zero4")
     assert "\n" not in str(caught.value)
