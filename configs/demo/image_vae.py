@@ -13,14 +13,14 @@ SPATIAL = {"block_out_channels": (16, 32, 64), "layers_per_block": 1, "norm_num_
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.task = "vae"
-    config.steps = 3500
+    config.steps = 2500
     config.vae = {"family": "sd_vae"} | SPATIAL
     config.vae_loss = {"kl_weight": 1e-6, "l2_weight": 4.0, "sample_posterior": False, "calibrate_batches": 0}
     config.optimizer = {"learning_rate": 2e-3, "eps": 1e-8, "warmup_steps": 20, "schedule": "cosine"}
     config.ema_decay = 0.99
     config.data = {
         "source": "shapes:all?count=16384&paint=any&seed=1&size=32&num_frames=1",
-        "batch_size": 16,
+        "batch_size": 8,
         "num_frames": 1,
         "height": 32,
         "width": 32,

@@ -41,13 +41,13 @@ def get_config(variant: str = "") -> ConfigDict:
     shift = {"frames": "chunks", "base_area": 32 * 32}
     config.objective = {"name": "rectified_flow", "time": {"method": "logit-normal", "shift": shift}}
     config.sampling = SIZE | {"fps": 8.0, "steps": 30, "guidance_scale": 3.0, "max_length": 16}
-    config.optimizer = {"learning_rate": 1.5e-3, "eps": 1e-8, "warmup_steps": 200, "schedule": "cosine"}
+    config.optimizer = {"name": "muon", "learning_rate": 3e-3, "eps": 1e-8, "warmup_steps": 200, "schedule": "cosine"}
     config.ema_decay = 0.999
     config.ema_start_steps = 200
     if variant == "pixels":
-        config.data = SIZE | {"source": "shapes:train?count=16384&seed=2&size=32", "batch_size": 32}
+        config.data = SIZE | {"source": "shapes:train?count=4096&seed=2&size=32", "batch_size": 32}
     else:
-        config.data = {"source": "runs/tiny/latents", "batch_size": 32}
+        config.data = {"source": "runs/tiny/latents", "batch_size": 16}
     config.checkpoint = {"every_steps": 500, "keep": 1}
     config.log = {"every_steps": 100}
     return config

@@ -18,7 +18,7 @@ def get_config(variant: str = "") -> ConfigDict:
     """variant "decoder": the decoders alone, on pixels."""
     config = ConfigDict()
     config.task = "vae"
-    config.steps = 3500
+    config.steps = 1500
     config.init_from = "runs/tiny/image_vae"
     config.init_into = "spatial"
     config.vae = {
@@ -41,7 +41,8 @@ def get_config(variant: str = "") -> ConfigDict:
         "calibrate_batches": 32,
     }
     config.optimizer = {
-        "learning_rate": 2e-3,
+        "name": "muon",
+        "learning_rate": 3e-3,
         "eps": 1e-8,
         "warmup_steps": 50,
         "schedule": "cosine",
@@ -50,7 +51,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.ema_decay = 0.995
     config.data = {
         "source": "shapes:all?count=16384&paint=any&seed=1&size=32",
-        "batch_size": 8,
+        "batch_size": 4,
         "height": 32,
         "width": 32,
     }
@@ -67,5 +68,5 @@ def _decoder(config: ConfigDict) -> ConfigDict:
     config.vae_loss = {"l2_weight": 4.0, "sample_posterior": False, "calibrate_batches": 0}
     config.optimizer.learning_rate = 1e-3
     config.optimizer.freeze = ("^(spatial|temporal)/(encoder|quant_conv)/",)
-    config.data.batch_size = 3
+    config.data.batch_size = 2
     return config
