@@ -213,6 +213,8 @@ class fresh_folder:
 
     def __init__(self, name: str):
         self.folder = Path(name)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"--to={name} is a file; choose a new folder")
         if self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(f"--to={name} is not empty; choose a new folder")
         self.partial = self.folder.with_name(self.folder.name + ".partial")

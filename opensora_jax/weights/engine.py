@@ -13,7 +13,7 @@ ours must be filled: anything else is a MappingError that lists all of it, and n
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache, cached_property
@@ -54,6 +54,12 @@ CONV_TRANSPOSE = Transform(  # [I, O, *kernel] ↔ [*kernel, I, O]
     lambda a: np.moveaxis(a, (0, 1), (-2, -1)),
     lambda a: np.moveaxis(a, (-2, -1), (0, 1)),
 )
+
+
+def count_layers(names: Iterable[str], prefix: str) -> int:
+    """How many numbers follow `prefix.` in names; not the largest, so that no name makes us build a billion layers."""
+    start = len(prefix) + 1
+    return len({name[start:].partition(".")[0] for name in names if name.startswith(prefix + ".")})
 
 
 def reshape(name: str, forward: Callable, back: Callable) -> Transform:
