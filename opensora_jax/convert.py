@@ -323,9 +323,9 @@ def check_manifests(files: list[str]) -> int:
         try:
             manifest = json.loads(Path(file).read_text())
             tensors = manifest["parameters"] | manifest.get("buffers", {})
+            shapes = {name: tuple(map(int, shape)) for name, shape in tensors.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{file} is no manifest; it needs `parameters`: {{name: shape}}") from None
-        shapes = {name: tuple(shape) for name, shape in tensors.items()}
         settings = manifest.get("config") or {}
         label = manifest.get("model", Path(file).stem)
         room, family = recognise(shapes, settings | {"family": label}, None, file)

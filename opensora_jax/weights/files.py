@@ -244,9 +244,11 @@ def _unwrapped(loaded, path: Path, ema: bool) -> dict:
         if chosen is None:
             raise UserError(f"{path} has no EMA weights (looked for {', '.join(EMA)}); leave --ema out")
         return dict(loaded[chosen])
-    for key in (*WRAPPERS, *EMA):
-        if isinstance(loaded.get(key), Mapping):
-            return _unwrapped(loaded[key], path, False)
+    for _ in range(4):  # a pickle may even hold itself
+        inner = next((loaded[key] for key in (*WRAPPERS, *EMA) if isinstance(loaded.get(key), Mapping)), None)
+        if inner is None:
+            break
+        loaded = inner
     return dict(loaded)
 
 
