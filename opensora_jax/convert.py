@@ -13,6 +13,7 @@ import importlib
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 from opensora_jax import config
@@ -128,13 +129,16 @@ def from_reference(args) -> int:
     with progress("converting", len(specs)) as bar:
 
         def arrays():
-            for path, array in mapping.arrays(checkpoint.read, {p: store.numpy_dtype(d) for p, d in found.items()}):
-                check_finite(path, array, checkpoint.path)
+            for path, pieces in mapping.pieces(checkpoint.read, {p: store.numpy_dtype(d) for p, d in found.items()}):
                 bar.update(note=path)
-                cast = array.astype(store.numpy_dtype(specs[path][1]), copy=False)
-                if args.dtype == "float16":  # whose largest number is 65504
-                    check_finite(path, cast, f"--dtype=float16 of {checkpoint.path}")
-                yield path, cast
+                yield path, map(partial(stored_as, path, specs[path][1]), pieces)
+
+        def stored_as(path, dtype, array):
+            check_finite(path, array, checkpoint.path)
+            cast = array.astype(store.numpy_dtype(dtype), copy=False)
+            if args.dtype == "float16":  # whose largest number is 65504
+                check_finite(path, cast, f"--dtype=float16 of {checkpoint.path}")
+            return cast
 
         try:
             store.write_folder(target.partial, specs, arrays(), {"family": family} | config.to_plain(cfg))

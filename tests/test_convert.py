@@ -4,6 +4,8 @@ import json
 import pickle
 import shutil
 import struct
+import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from opensora_jax import convert
 from opensora_jax.common.errors import UserError
+from opensora_jax.weights import files
 
 NOT_A_NETWORK = ("osp_ganloss", "vqvae_codebook_ema")  # a loss module, a codebook alone
 
@@ -76,6 +79,26 @@ def test_shards_with_an_index(stdit3, tmp_path, monkeypatch):
     index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
     assert convert.main([f"--from={tmp_path / 'back'}", f"--to={tmp_path / 'again'}"]) == 0
+
+
+def test_one_tensor_of_the_source_is_in_memory_at_a_time(goldens, tmp_path, monkeypatch):
+    source, held = checkpoint(goldens / "v12_rflow_sample_a", tmp_path / "source"), []
+    opened = files._open_safetensors
+
+    def watched(path, config):
+        found = opened(path, config)
+
+        def read(name):
+            assert sum(ref() is not None for ref in held) <= 1  # the one that was just written
+            array = found.read(name)
+            held.append(weakref.ref(array))
+            return array
+
+        return replace(found, read=read)
+
+    monkeypatch.setattr(files, "_open_safetensors", watched)
+    assert convert.main([f"--from={source}", f"--to={tmp_path / 'ours'}"]) == 0
+    assert len(held) > 30
 
 
 def refused(source, tmp_path, message, *flags):
