@@ -13,6 +13,7 @@ import importlib
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 from opensora_jax import config
@@ -128,13 +129,16 @@ def from_reference(args) -> int:
     with progress("converting", len(specs)) as bar:
 
         def arrays():
-            for path, array in mapping.arrays(checkpoint.read, {p: store.numpy_dtype(d) for p, d in found.items()}):
-                check_finite(path, array, checkpoint.path)
+            for path, pieces in mapping.pieces(checkpoint.read, {p: store.numpy_dtype(d) for p, d in found.items()}):
                 bar.update(note=path)
-                cast = array.astype(store.numpy_dtype(specs[path][1]), copy=False)
-                if args.dtype == "float16":  # whose largest number is 65504
-                    check_finite(path, cast, f"--dtype=float16 of {checkpoint.path}")
-                yield path, cast
+                yield path, map(partial(stored_as, path, specs[path][1]), pieces)
+
+        def stored_as(path, dtype, array):
+            check_finite(path, array, checkpoint.path)
+            cast = array.astype(store.numpy_dtype(dtype), copy=False)
+            if args.dtype == "float16":  # whose largest number is 65504
+                check_finite(path, cast, f"--dtype=float16 of {checkpoint.path}")
+            return cast
 
         try:
             store.write_folder(target.partial, specs, arrays(), {"family": family} | config.to_plain(cfg))
@@ -213,6 +217,8 @@ class fresh_folder:
 
     def __init__(self, name: str):
         self.folder = Path(name)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"--to={name} is a file; choose a new folder")
         if self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(f"--to={name} is not empty; choose a new folder")
         self.partial = self.folder.with_name(self.folder.name + ".partial")
@@ -321,9 +327,9 @@ def check_manifests(files: list[str]) -> int:
         try:
             manifest = json.loads(Path(file).read_text())
             tensors = manifest["parameters"] | manifest.get("buffers", {})
+            shapes = {name: tuple(map(int, shape)) for name, shape in tensors.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{file} is no manifest; it needs `parameters`: {{name: shape}}") from None
-        shapes = {name: tuple(shape) for name, shape in tensors.items()}
         settings = manifest.get("config") or {}
         label = manifest.get("model", Path(file).stem)
         room, family = recognise(shapes, settings | {"family": label}, None, file)

@@ -71,8 +71,9 @@ class System:
 
     def encode_text(self, params, tokens, mask):
         """[B, L] ids → [B, L, D] features, float32; of CLIP its pooled vector [B, 1, D], for a denoiser that takes one.
-        A denoiser that reads no text_mask reads padding too (2.0)."""
-        if self.denoiser is not None and "text_mask" not in self.takes:
+        A denoiser that reads no text_mask reads padding too (2.0); where none is named, CLIP beside T5 tells it."""
+        whole = self.text_encoder_2 is not None if self.denoiser is None else "text_mask" not in self.takes
+        if whole:
             mask = None
         out = self.networks["text_encoder"](params, tokens, mask)
         if hasattr(out, "pooled"):
@@ -145,9 +146,10 @@ class System:
     def denoise(self, params, x, t, **conditioning) -> Any:
         return self.networks["denoiser"](params, x, t, **conditioning)
 
-    def diffusion_loss(self, objective, objective_config, text_dropout: float, given=None):
+    def diffusion_loss(self, objective, objective_config, text_dropout: float, given=None, guidance: float = 4.0):
         """loss_fn(params, batch, key, frozen) for training/step.py; `given`: how 1.3 (GivenFrames) or 2.0
-        (TrainingConditions) is given frames. Masks of other versions come with the batch."""
+        (TrainingConditions) is given frames. Masks of other versions come with the batch. `guidance`: the scale that a
+        network with distilled guidance is told."""
 
         def loss_fn(params, batch, key, frozen):
             key_vae, key_drop, key_loss, key_model = jax.random.split(key, 4)
@@ -155,6 +157,8 @@ class System:
             batch, extra = captions.dropped(self, batch, frozen, key_drop, text_dropout)
             if getattr(self.denoiser.config, "drop_path", 0):
                 extra["key"] = key_model
+            if "guidance" in self.takes:
+                extra["guidance"] = jnp.full(len(batch["latents"]), guidance, jnp.float32)
             if isinstance(given, GivenFrames):  # a condition for the whole batch, which the loader drew
                 frames = ~batch.pop("x_mask")[0]
                 batch = given.apply(batch | extra, frames, jax.random.fold_in(key, 4))

@@ -184,7 +184,8 @@ class Trainer:
             loss = self.system.reconstruction_loss(self.cfg.vae_loss, self._perceptual())
         else:
             objective, objective_config = objective_of(self.cfg.objective)
-            loss = self.system.diffusion_loss(objective, objective_config, self.cfg.text.dropout, self.given)
+            text = self.cfg.text
+            loss = self.system.diffusion_loss(objective, objective_config, text.dropout, self.given, text.guidance)
         still = lambda params: jax.tree.map(
             lambda leaf, yes: leaf if yes else jax.lax.stop_gradient(leaf), params, self.trainable
         )

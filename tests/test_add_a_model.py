@@ -1,4 +1,4 @@
-"""docs/add-a-model.md, done: two files beside the others (and a test: this one), nothing edited."""
+"""docs/add-a-model.md, done: three files beside the others (and a test: this one), nothing edited."""
 
 import json
 import os
@@ -63,13 +63,40 @@ def recognise(shapes, config):
 def config_from(shapes, config):
     return {"in_channels": shapes["channel_mixer.weight"][1]}
 '''
+ADAPTER = '''"""The toy as someone recorded it."""
+
+from opensora_jax.verify.case import Adapter, channels_first, channels_last
 
 
-def test_two_files_make_a_family(tmp_path):
+def replay(case, run):
+    network, params, _ = case.load("models", "toy")
+    given = case.tensors(run)
+    return {"out": channels_first(network(params, channels_last(given["x"]), given["t"]))}
+
+
+FAMILIES = {"someones_toy": Adapter("toy", replay)}
+'''
+
+
+def record(folder, weights):
+    """What the toy of PyTorch would give: x [B, C, T, H, W]."""
+    x, t = np.random.default_rng(0).normal(size=(2, 3, 1, 2, 2)).astype(np.float32), np.float32([1, 2])
+    mixed = np.einsum("oc,bcthw->bothw", weights["channel_mixer.weight"], x) + 1
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "weights.safetensors")
+    save_file({"x": x, "t": t}, folder / "inputs.safetensors")
+    save_file({"out": mixed * t[:, None, None, None, None]}, folder / "outputs.safetensors")
+    case = {"case": "toy_a", "family": "someones_toy", "config": {}, "runs": {"r0": {}}, "weights": True}
+    case |= {"outputs": {"out": {"tolerance": {"max_abs": 1e-4, "rel_l2": 1e-5}}}}
+    (folder / "case.json").write_text(json.dumps(case))
+
+
+def test_three_files_make_a_family(tmp_path):
     package = tmp_path / "opensora_jax"
     shutil.copytree(REPO / "opensora_jax", package, ignore=shutil.ignore_patterns("__pycache__", "assets"))
     (package / "models" / "toy.py").write_text(MODEL)
     (package / "weights" / "toy.py").write_text(WEIGHTS)
+    (package / "verify" / "adapters" / "toy.py").write_text(ADAPTER)
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
 
     def run(*words):
@@ -88,10 +115,5 @@ def test_two_files_make_a_family(tmp_path):
     run("opensora_jax.convert", "--to-torch", "--from=ours", "--to=back")
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert all(np.array_equal(back[name], array) for name, array in weights.items())
-    code = (
-        "import jax, jax.numpy as jnp; from opensora_jax.config import part; "
-        "net = part('models', {'family': 'toy', 'preset': 'Toy-S'}, 'x').network(); "
-        "print(net(net.init(jax.random.key(0)), jnp.ones((1, 2, 4, 4, 4)), jnp.ones(1)).shape)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.stdout.strip() == "(1, 2, 4, 4, 4)", done.stderr
+    record(tmp_path / "cases" / "toy_a", weights)
+    assert "1 of 1 cases ok" in run("opensora_jax.verify", "cases")

@@ -39,6 +39,7 @@ FAMILIES = {  # the network, its objective, and whether an empty prompt's featur
     "stdit3 of projected text": (dict(family="stdit3", skip_y_embedder=True, **TEXT), rectified_flow, True),
     "stdit3_v13": (dict(family="stdit3_v13", in_channels=4, **TEXT), rectified_flow, False),
     "mmdit": (dict(family="mmdit", **MMDIT), rectified_flow, True),
+    "mmdit of distilled guidance": (dict(family="mmdit", guidance_embed=True, **MMDIT), rectified_flow, True),
 }  # fmt: skip
 
 

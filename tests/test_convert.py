@@ -4,6 +4,8 @@ import json
 import pickle
 import shutil
 import struct
+import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from opensora_jax import convert
 from opensora_jax.common.errors import UserError
+from opensora_jax.weights import files
 
 NOT_A_NETWORK = ("osp_ganloss", "vqvae_codebook_ema")  # a loss module, a codebook alone
 
@@ -76,6 +79,26 @@ def test_shards_with_an_index(stdit3, tmp_path, monkeypatch):
     index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
     assert convert.main([f"--from={tmp_path / 'back'}", f"--to={tmp_path / 'again'}"]) == 0
+
+
+def test_one_tensor_of_the_source_is_in_memory_at_a_time(goldens, tmp_path, monkeypatch):
+    source, held = checkpoint(goldens / "v12_rflow_sample_a", tmp_path / "source"), []
+    opened = files._open_safetensors
+
+    def watched(path, config):
+        found = opened(path, config)
+
+        def read(name):
+            assert sum(ref() is not None for ref in held) <= 1  # the one that was just written
+            array = found.read(name)
+            held.append(weakref.ref(array))
+            return array
+
+        return replace(found, read=read)
+
+    monkeypatch.setattr(files, "_open_safetensors", watched)
+    assert convert.main([f"--from={source}", f"--to={tmp_path / 'ours'}"]) == 0
+    assert len(held) > 30
 
 
 def refused(source, tmp_path, message, *flags):
@@ -148,18 +171,68 @@ def test_an_absurd_header(stdit3, tmp_path):
     refused(stdit3, tmp_path, "header claims")
 
 
-def test_a_name_twice(stdit3, tmp_path):
-    header = (
-        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
-    )
-    (stdit3 / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
-    refused(stdit3, tmp_path, "a is there twice")
+def with_header(folder, header: bytes, data: bytes = bytes(4)):
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
+    return folder
 
 
-def test_an_unknown_dtype(stdit3, tmp_path):
-    header = b'{"a":{"dtype":"F8_E9","shape":[1],"data_offsets":[0,1]}}'
-    (stdit3 / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(1))
-    refused(stdit3, tmp_path, "F8_E9")
+ONE = '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+HOSTILE = {
+    "a name twice": (f"{{{ONE},{ONE}}}", "a is there twice"),
+    "an unknown dtype": (f"{{{ONE.replace('F32', 'F8_E9')}}}", "F8_E9, which is not supported"),
+    "no JSON": ("{" + ONE, "header is damaged"),
+    "a list": (f"[{{{ONE}}}]", "header is damaged"),
+    "nothing but depth": ("[" * 100_000, "header is damaged"),
+    "a tensor that is a number": ('{"a":1}', "header is damaged"),
+    "no shape": ('{"a":{"dtype":"F32","data_offsets":[0,4]}}', "header is damaged"),
+    "negative sides": (f"{{{ONE.replace('[1]', '[-1,-1]')}}}", "header is damaged"),
+    "half a side": (f"{{{ONE.replace('[1]', '[1.0]')}}}", "header is damaged"),
+    "three offsets": (f"{{{ONE.replace('[0,4]', '[0,2,4]')}}}", "header is damaged"),
+    "offsets in words": (f"{{{ONE.replace('[0,4]', '[0,true]')}}}", "header is damaged"),
+    "sides that overflow": (
+        f"{{{ONE.replace('[1]', '[4294967296,4294967296]').replace('4]}', '0]}')}}}",
+        "does not fit",
+    ),
+    "beyond the end": (f"{{{ONE.replace('[0,4]', '[4,8]')}}}", "does not fit"),
+    "overlapping tensors": (f"{{{ONE},{ONE.replace('a', 'b', 1)}}}", "overlaps another tensor"),
+    "bytes of nobody": (f"{{{ONE.replace('[0,4]', '[0,0]').replace('[1]', '[0]')}}}", "4 bytes belong to no tensor"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_header(stdit3, tmp_path, kind):
+    header, message = HOSTILE[kind]
+    refused(with_header(stdit3, header.encode()), tmp_path, message)
+
+
+INDICES = {
+    "no table": ([], "holds a list"),
+    "no map": ({"weight_map": 3}, "has no weight_map"),
+    "a number for a file": ({"weight_map": {"a": 3}}, "has no weight_map"),
+    "a file elsewhere": ({"weight_map": {"a": "../other/model.safetensors"}}, "not in its folder"),
+    "a lost shard": ({"weight_map": {"a": "model-2.safetensors"}}, "is missing; the index"),
+    "a lost tensor": ({"weight_map": {"lost": "model.safetensors"}}, "no shard holds, e.g. lost"),
+}
+
+
+@pytest.mark.parametrize("kind", INDICES)
+def test_a_hostile_index(stdit3, tmp_path, kind):
+    content, message = INDICES[kind]
+    (stdit3 / "model.safetensors.index.json").write_text(json.dumps(content))
+    refused(stdit3, tmp_path, message)
+
+
+def test_a_layer_of_absurd_number(stdit3, tmp_path):
+    """A name must not make us build a billion layers."""
+    move = lambda w: w.update({"spatial_blocks.999999999.t": np.zeros(3, np.float32)})
+    assert "spatial_blocks.999999999.t" in refused(rewritten(stdit3, move), tmp_path, "does not fit")
+
+
+def test_the_target_is_no_file(stdit3, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(UserError, match="is a file; choose a new folder"):
+        convert.main([f"--from={stdit3}", f"--to={tmp_path / 'out'}"])
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_a_mislabelled_file(tmp_path):

@@ -50,8 +50,9 @@ def place(shape: tuple[int, ...], kind: str, references: list, *, causal: bool =
             _check(parts[0], head, shape, kind)
             mask[b, :head], latents[b, :head] = 1, np.asarray(parts[0][:head])
         if tail:
-            _check(parts[-1], tail, shape, kind)
-            mask[b, -tail:], latents[b, -tail:] = 1, np.asarray(parts[-1][-tail:])
+            last = parts[-1] if kind.startswith("i2v") else parts[0]  # of several videos the first counts
+            _check(last, tail, shape, kind)
+            mask[b, -tail:], latents[b, -tail:] = 1, np.asarray(last[-tail:])
     return jnp.asarray(mask), jnp.asarray(latents)
 
 

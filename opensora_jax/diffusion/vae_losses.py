@@ -83,6 +83,8 @@ def adversary(nll_of: Callable, logits_of: Callable, last_layer, step, cfg: Conf
     """
     loss_of = lambda kernel: GENERATOR_LOSSES[cfg.generator_loss](logits_of(kernel))
     loss = loss_of(last_layer)
+    if not cfg.adversary_factor:
+        return 0.0 * loss, {"g_loss": loss, "d_weight": jnp.float32(0), "disc_factor": jnp.float32(0)}
     weight = adversarial.adaptive_weight(jax.grad(nll_of)(last_layer), jax.grad(loss_of)(last_layer))
     weight = weight * cfg.adversary_weight
     factor = started(cfg.adversary_factor, step, cfg.generator_start_step)

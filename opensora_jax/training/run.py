@@ -20,6 +20,7 @@ class TextConfig:
     tokenizer_2: str = ""  # of the second encoder (Open-Sora 2.0)
     max_length: int = 300
     dropout: float = 0.1  # share of captions replaced by the null caption, for classifier-free guidance
+    guidance: float = 4.0  # the scale told to a network with distilled guidance (FLUX.1-dev); others take none
 
 
 @dataclass(frozen=True)

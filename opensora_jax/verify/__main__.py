@@ -1,7 +1,8 @@
 """python -m opensora_jax.verify PATH... [--json] [--family F]
 
 Replays recorded cases through conversion and our code, in float32 on the CPU. A path is a case folder or a folder of
-cases. Exit code 0: all within tolerance; 1: some are not; 2: an unknown family or a malformed case.
+cases. Exit code 0: all within tolerance; 1: some are not; 2: an unknown family or a malformed case (a line for each at
+the end; the other cases are replayed all the same).
 """
 
 import argparse
@@ -11,6 +12,7 @@ import os
 import pkgutil
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from opensora_jax.common.errors import UserError, guarded
@@ -102,38 +104,71 @@ def report(case, results, seconds: float) -> bool:
     return ok
 
 
+def read(folders: list[Path], known: dict, family: str | None) -> tuple[list, list[str]]:
+    """The cases asked for, and a line for each that is malformed or that no adapter replays."""
+    from opensora_jax.verify.case import Case
+
+    cases, troubles, others = [], [], set()
+    for folder in folders:
+        try:
+            case = Case(folder)
+        except UserError as error:
+            troubles.append(str(error))
+            continue
+        if family and family not in (case.family, known[case.family].stem if case.family in known else None):
+            others.add(case.family)
+        elif case.family not in known:
+            troubles.append(f"{folder}: no adapter replays {case.family!r}; known families: {', '.join(sorted(known))}")
+        else:
+            cases.append(case)
+    if family and not cases and not troubles:
+        raise UserError(f"no case of family {family!r} here, only of {', '.join(sorted(others))}")
+    return cases, troubles
+
+
+def replayed(case, adapter) -> list:
+    """All comparisons of a case. What its adapter cannot make sense of is taken for a fault of the recording."""
+    try:
+        return verify_case(case, adapter)
+    except UserError as error:
+        raise UserError(f"{case.folder}: {error}") from error
+    except Exception as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{case.folder} cannot be replayed ({type(error).__name__}: {what}); is an input or an argument missing, or of "
+            "another shape? --debug shows where"
+        ) from error
+
+
 def main(argv=None) -> int:
     args = arguments(argv)
     folders = case_folders(args.paths)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
 
-    from opensora_jax.verify.case import Case
-
     jax.config.update("jax_default_matmul_precision", "highest")
     known = adapters()
-    cases = [Case(folder) for folder in folders]
-    unknown = sorted({case.family for case in cases} - set(known))
-    if args.family:
-        cases = [
-            c for c in cases if c.family == args.family or (c.family in known and known[c.family].stem == args.family)
-        ]
-        if not cases:
-            raise UserError(f"no case of family {args.family!r} here; known: {', '.join(sorted(known))}")
-    elif unknown:
-        raise UserError(f"no adapter replays {', '.join(unknown)}; known families: {', '.join(sorted(known))}")
-    failures = 0
+    cases, troubles = read(folders, known, args.family)
+    total, failures = len(cases) + len(troubles), 0
     for case in cases:
         started = time.time()
-        results = verify_case(case, known[case.family])
+        try:
+            results = replayed(case, known[case.family])
+        except UserError as error:
+            troubles.append(str(error))
+            if args.debug:
+                traceback.print_exc()
+            continue
         if args.json:
             print("\n".join(json.dumps(result.json()) for result in results), flush=True)
             failures += not all(result.ok for result in results)
         else:
             failures += not report(case, results, time.time() - started)
     if not args.json:
-        print(f"{len(cases) - failures} of {len(cases)} cases ok")
-    return int(failures > 0)
+        print(f"{total - failures - len(troubles)} of {total} cases ok")
+    for trouble in troubles:
+        print(f"error: {trouble}", file=sys.stderr)
+    return 2 if troubles else int(failures > 0)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from opensora_jax.common.errors import UserError
 from opensora_jax.nn.params import Network, Params
 from opensora_jax.weights import engine, layouts
 
-REQUIRED = ("case", "family", "config", "runs", "outputs")
+REQUIRED = {"case": str, "family": str, "config": dict, "runs": dict, "outputs": dict}
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,16 @@ class Case:
         path = folder / "case.json"
         try:
             self.description = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            missing = [key for key, kind in REQUIRED.items() if not isinstance(self.description.get(key), kind)]
+            tables = [*self.description.get("runs", {}).values(), *self.description.get("outputs", {}).values()]
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is not a readable case: {error}") from None
-        missing = [key for key in REQUIRED if key not in self.description]
+        except AttributeError:
+            raise UserError(f"{path} is not a table of tables; the schema is in docs/convert.md") from None
         if missing:
-            raise UserError(f"{path} lacks {', '.join(missing)}; the schema is in docs/convert.md")
+            raise UserError(f"{path} lacks {', '.join(missing)}, or has another kind of value; see docs/convert.md")
+        if not all(isinstance(table, dict) for table in tables):
+            raise UserError(f"{path}: every run and every output is a table; see docs/convert.md")
         self.name: str = self.description["case"]
         self.family: str = self.description["family"]
         self.config: dict = self.description["config"]
@@ -56,7 +61,10 @@ class Case:
 
     @cached_property
     def weights(self) -> dict[str, np.ndarray]:
-        return self._tensors("weights")
+        found = self._tensors("weights")
+        if self.description.get("weights") and not found:
+            raise UserError("weights.safetensors is missing; case.json says that there are weights")
+        return found
 
     @cached_property
     def inputs(self) -> dict[str, np.ndarray]:
@@ -64,7 +72,11 @@ class Case:
 
     @cached_property
     def outputs(self) -> dict[str, np.ndarray]:
-        return self._tensors("outputs")
+        found, said = self._tensors("outputs"), self.description["outputs"]
+        if found.keys() != said.keys():
+            odd = ", ".join(sorted(found.keys() ^ said.keys())[:3])
+            raise UserError(f"case.json and outputs.safetensors do not name the same outputs: {odd}")
+        return found
 
     def args(self, run: str) -> dict:
         """Non-tensor arguments of a run."""

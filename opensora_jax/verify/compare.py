@@ -1,6 +1,7 @@
 """Our outputs against recorded ones, at the recorded tolerance, and nothing else."""
 
 import math
+import sys
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -21,7 +22,9 @@ class Comparison:
     note: str = ""
 
     def json(self) -> dict:
-        return asdict(self)
+        """JSON has no infinity: the largest number stands for it."""
+        most = {key: min(getattr(self, key), sys.float_info.max) for key in ("max_abs", "rel_l2")}
+        return asdict(self) | most
 
     @property
     def worst(self) -> float:
@@ -40,17 +43,17 @@ def compare(labels: dict, ours, recorded: np.ndarray, tolerance: dict | None) ->
     if ours.shape != recorded.shape:
         return fail(f"shape {list(ours.shape)}, recorded {list(recorded.shape)}")
     a, b = ours.astype(np.float64), recorded.astype(np.float64)
-    if not np.array_equal(np.isnan(a), np.isnan(b)) or not np.array_equal(np.isinf(a), np.isinf(b)):
-        return fail("not-a-number or infinity where the recording has none, or the reverse")
     finite = np.isfinite(b)
-    difference = (a - b)[finite]
+    if not np.array_equal(a[~finite], b[~finite], equal_nan=True) or not np.isfinite(a[finite]).all():
+        return fail("not-a-number or infinity where the recording has none, or the reverse")
+    difference = a[finite] - b[finite]
     max_abs = float(np.abs(difference).max(initial=0.0))
     scale = float(np.linalg.norm(b[finite]))
     rel_l2 = float(np.linalg.norm(difference)) / scale if scale else max_abs
     if not tolerance:  # integers, booleans: exact
-        return Comparison(
-            **labels, max_abs=max_abs, rel_l2=rel_l2, tolerance=None, ok=bool(np.array_equal(a[finite], b[finite]))
-        )
+        whole = ours.dtype.kind in "iub" and recorded.dtype.kind in "iub"
+        exact = np.array_equal(ours, recorded) if whole else np.array_equal(a, b, equal_nan=True)
+        return Comparison(**labels, max_abs=max_abs, rel_l2=rel_l2, tolerance=None, ok=exact)
     within = (max_abs <= tolerance.get("max_abs", math.inf), rel_l2 <= tolerance.get("rel_l2", math.inf))
     near_zero = max_abs < NEAR_ZERO or (recorded.size == 1 and any(within))
     return Comparison(**labels, max_abs=max_abs, rel_l2=rel_l2, tolerance=tolerance, ok=all(within) or near_zero)

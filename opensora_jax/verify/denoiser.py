@@ -28,6 +28,16 @@ def text(given: Mapping, y: str = "y", mask: str = "mask") -> dict:
     return {"y": captions, "text_mask": np.tile(keep, (captions.shape[0] // keep.shape[0], 1))}
 
 
+def projected_text(given: Mapping) -> dict:
+    """Captions that are past their embedder, as networks with skip_y_embedder take them: y [1, all tokens, C] of all
+    samples one behind the other, mask [B] the number of each. → [B, L, C] and its mask."""
+    lengths = np.asarray(given["mask"]).astype(int)
+    keep = np.arange(lengths.max()) < lengths[:, None]
+    y = np.zeros((*keep.shape, given["y"].shape[-1]), np.float32)
+    y[keep] = given["y"].reshape(-1, y.shape[-1])
+    return {"y": y, "text_mask": keep.astype(np.int32)}
+
+
 def intermediates(case, run: str, seen: Mapping, names: Mapping[str, str]) -> dict:
     """Tapped arrays under the recording's names and in its shapes, where it has them. `names`: tap → recorded name."""
     recorded = {name: case.outputs[full] for name, full in case.recorded(run).items()}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from opensora_jax.common.errors import UserError
-from opensora_jax.weights.engine import Rule, Shape, conv, norm, within
+from opensora_jax.weights.engine import Rule, Shape, conv, count_layers, norm, within
 from opensora_jax.weights.layouts import POINTWISE, Join, joins
 
 BLOCK = [  # what stages are made of
@@ -145,7 +145,7 @@ class HalfOf:
     def stages(self) -> list[list[str]]:
         """The kind of each block, by stage."""
         found: list[list[str]] = []
-        count = 1 + max(int(key.split(".")[2]) for key in self.shapes if key.startswith(f"{self.name}.stages."))
+        count = count_layers(self.shapes, f"{self.name}.stages")
         for stage in range(len(self.config.get("width_list") or ()) or count):
             found.append([])
             while kind := self._kind(f"{self.name}.stages.{stage}.op_list.{len(found[-1]) + self._skip(stage)}."):

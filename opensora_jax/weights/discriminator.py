@@ -2,8 +2,9 @@
 
 from opensora_jax.weights.engine import Rule, conv, copy, drop, norm, reshape
 
-CONVS = "{i:" + "|".join(map(str, [0, *range(2, 30, 3)])) + "}"
-NORMS = "{i:" + "|".join(map(str, range(3, 30, 3))) + "}"
+MOST = 30  # layers, of every kind
+CONVS = "{i:" + "|".join(map(str, [0, *range(2, MOST, 3)])) + "}"
+NORMS = "{i:" + "|".join(map(str, range(3, MOST, 3))) + "}"
 
 
 def _per_channel(rank: int):
@@ -30,7 +31,7 @@ def recognise(shapes, config: dict) -> bool:
 def config_from(shapes, config: dict) -> dict:
     """Arguments of vaes.discriminator.Config. Kernel 3 in clips is Open-Sora 1.3's, which halves time twice."""
     features, channels, *kernel = shapes["main.0.weight"]
-    last = max(int(name.split(".")[1]) for name in shapes if name.endswith(".weight"))
+    last = max(n for n in range(MOST) if f"main.{n}.weight" in shapes)
     return dict(
         in_channels=channels,
         features=features,

@@ -13,7 +13,7 @@ ours must be filled: anything else is a MappingError that lists all of it, and n
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache, cached_property
@@ -54,6 +54,12 @@ CONV_TRANSPOSE = Transform(  # [I, O, *kernel] ↔ [*kernel, I, O]
     lambda a: np.moveaxis(a, (0, 1), (-2, -1)),
     lambda a: np.moveaxis(a, (-2, -1), (0, 1)),
 )
+
+
+def count_layers(names: Iterable[str], prefix: str) -> int:
+    """How many numbers follow `prefix.` in names; not the largest, so that no name makes us build a billion layers."""
+    start = len(prefix) + 1
+    return len({name[start:].partition(".")[0] for name in names if name.startswith(prefix + ".")})
 
 
 def reshape(name: str, forward: Callable, back: Callable) -> Transform:
@@ -137,6 +143,11 @@ class Assignment:
     rule: Rule
     sources: dict[tuple[int, ...], str] = field(default_factory=dict)
 
+    def pieces(self, read: Callable[[str], np.ndarray], dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
+        """The parameter's layers in the order in which they are stacked; the one array where none are."""
+        for _, name in sorted(self.sources.items()):
+            yield np.asarray(self.rule.transform.forward(read(name)), dtype, order="C")
+
 
 @dataclass
 class Plan:
@@ -144,23 +155,19 @@ class Plan:
     dropped: list[str]
     tied: list[tuple[str, str]]  # (reference name, our path)
 
-    def arrays(
+    def pieces(
         self, read: Callable[[str], np.ndarray], dtypes: Mapping[str, np.dtype] | None = None
-    ) -> Iterator[tuple[str, np.ndarray]]:
-        """Our parameters one at a time, each in one host buffer; of these dtypes by path, or as they are."""
+    ) -> Iterator[tuple[str, Iterator[np.ndarray]]]:
+        """Our parameters one at a time, each as its layers in order (or as one piece), so that only one reference tensor
+        is in memory; of these dtypes by path, or as they are."""
         for item in self.assignments:
-            if not item.rule.stacked:
-                array = item.rule.transform.forward(read(item.sources[()]))
-                yield item.path, np.ascontiguousarray(array, dtypes and dtypes[item.path])
-                continue
-            buffer = None
-            for index, name in sorted(item.sources.items()):
-                array = item.rule.transform.forward(read(name))
-                if buffer is None:
-                    buffer = np.empty(item.shape, dtypes[item.path] if dtypes else array.dtype)
-                buffer[index] = array
-            assert buffer is not None
-            yield item.path, buffer
+            yield item.path, item.pieces(read, dtypes and dtypes[item.path])
+
+    def arrays(self, read: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+        """Our parameters one at a time, each in one host buffer."""
+        for item in self.assignments:
+            pieces = item.pieces(read)
+            yield item.path, np.stack(list(pieces)).reshape(item.shape) if item.rule.stacked else next(pieces)
 
 
 def plan(found: Mapping[str, Shape], wanted: Mapping[str, Shape], rules: list[Rule], where: str = "checkpoint") -> Plan:

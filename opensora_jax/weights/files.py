@@ -8,8 +8,11 @@ Pickles are opened with weights_only, so that a file cannot run code; they need 
 
 import json
 import struct
+import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from opensora_jax.weights import layouts
 from opensora_jax.weights.store import DTYPES, numpy_dtype
 
 HEADER_LIMIT = 100 * 2**20
+DAMAGED = "the safetensors header is damaged; download or copy the file again"
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", *PICKLES)
 WRAPPERS = ("state_dict", "model", "module", "model_state_dict", "params")
@@ -81,8 +85,10 @@ def _open_folder(folder: Path, ema: bool) -> Checkpoint:
     indices = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.bin.index.json"))
     if indices:
         table = _read_json(indices[0]).get("weight_map")
-        if not isinstance(table, dict):
+        if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
             raise UserError(f"{indices[0]} has no weight_map; it is not an index of shards")
+        if away := next((name for name in table.values() if Path(name).name != name), None):
+            raise UserError(f"{indices[0]} names {away}, which is not in its folder")
         files = sorted({folder / name for name in table.values()})
         return _joined(folder, files, config, ema, set(table))
     for pattern in (f"*{suffix}" for suffix in SUFFIXES):
@@ -140,29 +146,26 @@ def _open_safetensors(path: Path, config: dict) -> Checkpoint:
                 f"{path} is not a safetensors file, or it is cut off: its header claims {length:,} bytes of {size:,}"
             )
         text = file.read(length)
-
-    def unique(pairs):
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) < len(keys):
-            raise UserError(f"{path}: {next(k for k in keys if keys.count(k) > 1)} is there twice")
-        return dict(pairs)
-
-    try:
-        header = json.loads(text, object_pairs_hook=unique)
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        spans = {name: tuple(entry["data_offsets"]) for name, entry in entries.items()}
-        shapes = {name: tuple(int(n) for n in entry["shape"]) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: the safetensors header is damaged; download or copy the file again") from None
     base = 8 + length
+    entries = _header(text, path)
+    shapes, dtypes, spans = {}, {}, {}
     for name, entry in entries.items():
         if entry.get("dtype") not in DTYPES:
             raise UserError(f"{path}: {name} has dtype {entry.get('dtype')}, which is not supported")
-        count = int(np.prod(shapes[name], dtype=np.int64)) * numpy_dtype(DTYPES[entry["dtype"]]).itemsize
+        shapes[name], dtypes[name] = _whole_numbers(entry.get("shape")), DTYPES[entry["dtype"]]
+        spans[name] = _whole_numbers(entry.get("data_offsets"), 2)
+        if shapes[name] is None or spans[name] is None:
+            raise UserError(f"{path}: {DAMAGED}")
         begin, end = spans[name]
-        if end - begin != count or begin < 0 or base + end > size:
+        if end - begin != prod(shapes[name]) * numpy_dtype(dtypes[name]).itemsize or base + end > size:
             raise UserError(f"{path}: {name} does not fit the file ({size:,} bytes); it is cut off or damaged")
-    dtypes = {name: DTYPES[entry["dtype"]] for name, entry in entries.items()}
+    reached = 0
+    for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
+        if begin != reached:
+            raise UserError(f"{path}: {name} overlaps another tensor or leaves a gap; the file is damaged")
+        reached = end
+    if base + reached != size:
+        raise UserError(f"{path}: {size - base - reached:,} bytes belong to no tensor; the file is damaged")
 
     def read(name: str) -> np.ndarray:
         begin, end = spans[name]
@@ -174,6 +177,31 @@ def _open_safetensors(path: Path, config: dict) -> Checkpoint:
     return Checkpoint(path, shapes, dtypes, read, config)
 
 
+def _header(text: bytes, path: Path) -> dict[str, dict]:
+    """Name → dtype, shape and offsets, each name once."""
+
+    def unique(pairs):
+        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        if twice:
+            raise UserError(f"{path}: {twice[0]} is there twice")
+        return dict(pairs)
+
+    try:
+        header = json.loads(text, object_pairs_hook=unique)
+        header.pop("__metadata__", None)
+        if all(isinstance(entry, dict) for entry in header.values()):
+            return header
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        pass
+    raise UserError(f"{path}: {DAMAGED}")
+
+
+def _whole_numbers(value, count: int | None = None) -> tuple[int, ...] | None:
+    """A list of numbers of things; anything else is nothing."""
+    fine = isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+    return tuple(value) if fine and count in (None, len(value)) else None
+
+
 def _open_pickle(path: Path, config: dict, ema: bool) -> Checkpoint:
     try:
         import torch
@@ -181,17 +209,22 @@ def _open_pickle(path: Path, config: dict, ema: bool) -> Checkpoint:
         raise UserError(
             f"{path} is a PyTorch pickle: pip install 'opensora-jax[convert]' to read it (safetensors need nothing)"
         ) from None
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:  # what was saved before PyTorch 1.6 is no zip file, and cannot be mapped
+        mapped = zipfile.is_zipfile(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         if "weights_only" in str(error) or "Unsupported" in str(error):
             reason = "it holds Python objects that could run code, which is refused"
         else:
             reason = "it is damaged or no PyTorch checkpoint"
         raise UserError(f"{path} cannot be opened: {reason}") from None
-    tensors = {name: value for name, value in _unwrapped(loaded, path, ema).items() if isinstance(value, torch.Tensor)}
+    items = _unwrapped(loaded, path, ema).items()
+    tensors = {name: value for name, value in items if isinstance(name, str) and isinstance(value, torch.Tensor)}
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     dtypes = {name: str(value.dtype).removeprefix("torch.") for name, value in tensors.items()}
+    for name, value in tensors.items():
+        if value.layout != torch.strided or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(f"{path}: {name} is sparse, or claims more numbers than the file holds; it is not read")
 
     def read(name: str) -> np.ndarray:
         value = tensors[name].detach().contiguous()
@@ -211,9 +244,11 @@ def _unwrapped(loaded, path: Path, ema: bool) -> dict:
         if chosen is None:
             raise UserError(f"{path} has no EMA weights (looked for {', '.join(EMA)}); leave --ema out")
         return dict(loaded[chosen])
-    for key in (*WRAPPERS, *EMA):
-        if isinstance(loaded.get(key), Mapping):
-            return _unwrapped(loaded[key], path, False)
+    for _ in range(4):  # a pickle may even hold itself
+        inner = next((loaded[key] for key in (*WRAPPERS, *EMA) if isinstance(loaded.get(key), Mapping)), None)
+        if inner is None:
+            break
+        loaded = inner
     return dict(loaded)
 
 
@@ -225,7 +260,7 @@ def _config_beside(path: Path) -> dict:
 def _read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, not a table")

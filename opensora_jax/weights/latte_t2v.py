@@ -3,7 +3,7 @@
 import numpy as np
 
 from opensora_jax.common.errors import UserError
-from opensora_jax.weights.engine import CONV, Rule, copy, linear, norm, reshape
+from opensora_jax.weights.engine import CONV, Rule, copy, count_layers, linear, norm, reshape
 
 FRAME_CONV = reshape(  # [O, I, kh, kw] ↔ [1, kh, kw, I, O]
     "frame_conv", lambda a: CONV.forward(a)[None], lambda a: CONV.back(a[0])
@@ -63,7 +63,7 @@ def config_from(shapes, config: dict) -> dict:
         out_channels=shapes["proj_out.weight"][0] // patch**2,
         patch_size=patch,
         hidden_size=hidden,
-        depth=1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("transformer_blocks.")),
+        depth=count_layers(shapes, "transformer_blocks"),
         num_heads=config.get("num_attention_heads") or max(hidden // 72, 1),
         caption_channels=shapes["caption_projection.linear_1.weight"][1] if text else 0,
         attention_bias="transformer_blocks.0.attn1.to_q.bias" in shapes,

@@ -4,7 +4,7 @@ diffusers' transformer/ folder, whose tensors are joined to FLUX.1's own)."""
 from math import isqrt
 
 from opensora_jax.common.errors import UserError
-from opensora_jax.weights.engine import Rule, copy, linear
+from opensora_jax.weights.engine import Rule, copy, count_layers, linear
 from opensora_jax.weights.layouts import SWAPPED, Join, joins, two_layers
 
 DOUBLE, OUR_DOUBLE = "double_blocks.{layer}.{stream:img|txt}_", "double_blocks/{stream}/"
@@ -77,7 +77,6 @@ def config_from(shapes, config: dict) -> dict:
     hidden, channels = shapes["img_in.weight"]
     head = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
     fused = "double_blocks.0.img_attn.qkv.weight" in shapes
-    depth = lambda blocks: 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith(f"{blocks}."))
     axes = config.get("axes_dim") or config.get("axes_dims_rope") or AXES.get(head)
     if axes is None:
         raise UserError(f"mmdit: heads of {head} channels; the config must give axes_dim, three numbers with that sum")
@@ -88,8 +87,8 @@ def config_from(shapes, config: dict) -> dict:
         hidden_size=hidden,
         mlp_ratio=shapes["double_blocks.0.img_mlp.0.weight"][0] / hidden,
         num_heads=hidden // head,
-        depth=depth("double_blocks"),
-        depth_single_blocks=depth("single_blocks"),
+        depth=count_layers(shapes, "double_blocks"),
+        depth_single_blocks=count_layers(shapes, "single_blocks"),
         axes_dim=tuple(axes),
         theta=config.get("theta", 10000.0),
         qkv_bias=f"double_blocks.0.img_attn.{'qkv' if fused else 'q_proj'}.bias" in shapes,

@@ -2,7 +2,7 @@
 
 from math import prod
 
-from opensora_jax.weights.engine import Rule, conv, copy, linear, mlp
+from opensora_jax.weights.engine import Rule, conv, copy, count_layers, linear, mlp
 
 HEAD_DIM = 72  # of every released network: what is assumed where neither shapes nor config tell
 
@@ -54,10 +54,6 @@ AROUND: list[Rule] = [
 ]
 
 
-def depth(shapes, blocks: str = "blocks") -> int:
-    return 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith(blocks + "."))
-
-
 def dimensions(shapes, config: dict, blocks: str = "blocks") -> dict:
     """Constructor arguments that shapes tell; the number of heads is the config's, else of HEAD_DIM each."""
     hidden, channels, *patch = shapes["x_embedder.proj.weight"]
@@ -65,7 +61,7 @@ def dimensions(shapes, config: dict, blocks: str = "blocks") -> dict:
         in_channels=channels,
         patch_size=tuple(patch),
         hidden_size=hidden,
-        depth=depth(shapes, blocks),
+        depth=count_layers(shapes, blocks),
         num_heads=config.get("num_heads") or max(1, hidden // HEAD_DIM),
         mlp_ratio=shapes[f"{blocks}.0.mlp.fc1.weight"][0] / hidden,
     )

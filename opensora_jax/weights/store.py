@@ -5,7 +5,7 @@ Written tensor by tensor into a temporary name, so that a folder under its final
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,8 @@ def numpy_dtype(name: str) -> np.dtype:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], str]], arrays, metadata=None) -> None:
-    """One file, streamed: `tensors` gives shape and dtype of each name in order, `arrays` yields (name, array) so."""
+    """One file, streamed: `tensors` gives shape and dtype of each name in order, `arrays` yields (name, array) so, or
+    (name, iterator of its parts along the first axes)."""
     header, offset = {}, 0
     if metadata:
         header["__metadata__"] = {key: str(value) for key, value in metadata.items()}
@@ -42,7 +43,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], s
         file.write(struct.pack("<Q", len(head)) + head)
         for expected, (name, array) in zip(tensors, arrays, strict=True):
             assert expected == name, (expected, name)
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            for part in array if isinstance(array, Iterator) else (array,):
+                file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+            assert file.tell() == 8 + len(head) + header[name]["data_offsets"][1], name
     partial.rename(path)
 
 

@@ -1,5 +1,7 @@
-"""Runs of the public debug configuration on latents made here, so that no encoder has to be compiled; and a pipeline
-folder of it with random weights."""
+"""Runs of the public debug configuration on latents made here, so that no encoder has to be compiled; a pipeline
+folder of it with random weights; and a user's own clips."""
+
+import csv
 
 import jax
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from opensora_jax import config, locate
 from opensora_jax.data.records import ShardWriter, write_manifest
+from opensora_jax.data.video_io import write_video
 from opensora_jax.pipeline import Pipeline, assemble
 from opensora_jax.training.run import RunConfig
 
@@ -72,3 +75,27 @@ def shipped(request):
     """The pipeline that comes with the package; until it is there, one of its kind with random weights."""
     there = (locate.ASSETS / "tiny" / locate.INDEX).exists()
     return "tiny" if there else str(request.getfixturevalue("pipeline_folder"))
+
+
+@pytest.fixture
+def own_clips(tmp_path):
+    """Twenty clips of a bar that sweeps over a gradient, of three sizes, and a file that is no video."""
+    (tmp_path / "clips").mkdir()
+    rows = [{"path": "clips/notes.mp4", "text": "not a video at all"}]
+    (tmp_path / "clips" / "notes.mp4").write_text("to do: film the cat")
+    for i in range(20):
+        height, width = ((48, 64), (64, 48), (40, 40))[i % 3]
+        frames = np.zeros((20, height, width, 3), np.uint8)
+        frames[..., i % 3] = np.linspace(0, 200, width).astype(np.uint8)
+        for t in range(20):
+            at = (t * 2 + i) % (width - 6)
+            frames[t, :, at : at + 6] = 255
+        write_video(tmp_path / "clips" / f"{i:02d}.mp4", frames, fps=10)
+        rows.append(
+            {"path": f"clips/{i:02d}.mp4", "text": f"a white bar over a {('red', 'green', 'blue')[i % 3]} wall"}
+        )
+    with open(tmp_path / "clips.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["path", "text"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return tmp_path

@@ -1,4 +1,4 @@
-"""A converted checkpoint is a starting point like any other: convert, fine-tune two steps, export, sample."""
+"""A converted checkpoint is a starting point like any other: convert, two steps on own clips, export, sample."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from opensora_jax.pipeline import Pipeline, assemble, write_json
 from opensora_jax.training.run import RunConfig
 
 
-def test_convert_train_export_sample(goldens, tmp_path):
+def test_convert_train_export_sample(goldens, own_clips, tmp_path):
     case = goldens / "v12_rflow_sample_a"
     model = json.loads((case / "case.json").read_text())["config"]["model"]
     source = tmp_path / "released"
@@ -43,6 +43,7 @@ def test_convert_train_export_sample(goldens, tmp_path):
         "--config.text_encoder=None", "--config.text.tokenizer=", f"--config.text.max_length={model['model_max_length']}",
         "--config.steps=2", "--config.data.batch_size=1", "--config.log.sample_every_steps=0",
         "--config.log.tensorboard=False", "--export_dtype=float32",
+        f"--config.data.source={own_clips / 'clips.csv'}",
     ]  # fmt: skip
     assert train.main(flags) == 0
     before, after = Pipeline.from_pretrained(str(folder)), Pipeline.from_pretrained(str(tmp_path / "tuned"))

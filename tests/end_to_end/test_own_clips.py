@@ -3,7 +3,6 @@
 The commands are those of docs/quickstart.md, in its order; only the run is shortened.
 """
 
-import csv
 import importlib
 import json
 import re
@@ -12,38 +11,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 from safetensors.numpy import load_file
 
 from opensora_jax import locate
-from opensora_jax.data.video_io import probe, write_video
+from opensora_jax.data.video_io import probe
 
 PAGE = (Path(__file__).parents[2] / "docs" / "quickstart.md").read_text()
 SHORT = ("--config.steps=2", "--config.data.batch_size=1", "--config.log.tensorboard=False", "--export_dtype=float32")
-
-
-@pytest.fixture
-def own_clips(tmp_path):
-    """Twenty clips of a bar that sweeps over a gradient, of three sizes, and a file that is no video."""
-    (tmp_path / "clips").mkdir()
-    rows = [{"path": "clips/notes.mp4", "text": "not a video at all"}]
-    (tmp_path / "clips" / "notes.mp4").write_text("to do: film the cat")
-    for i in range(20):
-        height, width = ((48, 64), (64, 48), (40, 40))[i % 3]
-        frames = np.zeros((20, height, width, 3), np.uint8)
-        frames[..., i % 3] = np.linspace(0, 200, width).astype(np.uint8)
-        for t in range(20):
-            at = (t * 2 + i) % (width - 6)
-            frames[t, :, at : at + 6] = 255
-        write_video(tmp_path / "clips" / f"{i:02d}.mp4", frames, fps=10)
-        rows.append(
-            {"path": f"clips/{i:02d}.mp4", "text": f"a white bar over a {('red', 'green', 'blue')[i % 3]} wall"}
-        )
-    with open(tmp_path / "clips.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ["path", "text"])
-        writer.writeheader()
-        writer.writerows(rows)
-    return tmp_path
 
 
 def commands() -> list[list[str]]:

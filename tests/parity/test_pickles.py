@@ -87,3 +87,36 @@ def test_a_cut_off_pickle(weights, tmp_path):
     (tmp_path / "x.pth").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match="damaged"):
         convert.main([f"--from={tmp_path / 'x.pth'}", f"--to={tmp_path / 'ours'}"])
+
+
+def test_files_from_before_zip(weights, tmp_path):
+    torch.save(tensors(weights), tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    ours = converted(tmp_path / "x.pth", tmp_path)
+    np.testing.assert_array_equal(ours["t_block/kernel"], weights["t_block.1.weight"].T)
+
+
+def test_what_is_no_tensor_with_a_name_is_left_out(weights, tmp_path):
+    torch.save(tensors(weights) | {0: torch.zeros(2), "epoch": 3, "note": "mine"}, tmp_path / "x.pth")
+    assert "t_block/kernel" in converted(tmp_path / "x.pth", tmp_path)
+
+
+ITSELF: dict = {}
+ITSELF["model"] = ITSELF
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"t": torch.zeros(1).expand(1 << 40)}, "claims more numbers than the file holds"),
+        ({"t": torch.eye(3).to_sparse()}, "is sparse"),
+        (ITSELF, "holds no tensors"),
+        ([1, 2], "holds a list"),
+        ({"t_block.1.weight": torch.zeros(3, dtype=torch.complex64)}, "no family has such tensors"),
+    ],
+    ids=["a terabyte of one number", "sparse", "a table that holds itself", "a list", "complex"],
+)
+def test_odd_pickles(saved, message, tmp_path):
+    torch.save(saved, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=message):
+        convert.main([f"--from={tmp_path / 'x.pth'}", f"--to={tmp_path / 'ours'}"])
+    assert not (tmp_path / "ours").exists()

@@ -139,6 +139,17 @@ def test_2_0_sees_stills_encoded_alone():
     np.testing.assert_allclose(cond[:, -1, ..., 1:], still, rtol=1e-4, atol=1e-6)
 
 
+def test_distilled_guidance_is_told_as_configured():
+    system = Small(part("models", V2_0 | {"guidance_embed": True}, "model"), SimpleNamespace())
+    run = Trainer(
+        config.build(RunConfig, {"text": {"guidance": 3.5, "dropout": 0.0}, "objective": {"preset": "V2_0"}}, "config"),
+        SimpleNamespace(system=system, trained="denoiser"),
+        None,
+    )
+    run.loss_fn()(system.networks["denoiser"].abstract, batch(5), jax.random.key(0), {"vae": None})
+    assert SEEN["guidance"].tolist() == [3.5, 3.5]
+
+
 def test_the_network_of_1_3_takes_a_traced_mask():
     denoiser = part("models", V1_3, "model")
     inputs = denoiser.module.inputs(denoiser.config, LatentShape(2, 4, 4, 4, 4))

@@ -1,18 +1,37 @@
 """Discriminators: recorded cases, the manifest, batch statistics that move, ActNorm's start."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from opensora_jax.nn.params import Network
 from opensora_jax.vaes import discriminator
-from tests.checks import check_case, check_manifest, check_round_trip
+from tests.checks import check_case, check_manifest, check_round_trip, existing
 
 
 @pytest.mark.parametrize("case", ["osp_discriminator2d", "v12_ndisc3d_a", "v13_ndisc3d_a"])
 def test_recorded_cases(goldens, case):
     check_case(goldens, case)
+
+
+def test_the_plan_s_over_clips(goldens, tmp_path):
+    """Its network is that of 1.2, whose recorded activations stand in for its own."""
+    source = existing(goldens / "v12_ndisc3d_a")
+    shutil.copy(source / "weights.safetensors", tmp_path)
+    x = load_file(source / "inputs.safetensors")["a/x"]
+    save_file({"r0/real": x, "r0/fake": x}, tmp_path / "inputs.safetensors")
+    names = {"r0/eval_logits": "a/out", "r0/train_logits": "a/train_mode_out"}
+    recorded, said = load_file(source / "outputs.safetensors"), json.loads((source / "case.json").read_text())
+    save_file({ours: recorded[theirs] for ours, theirs in names.items()}, tmp_path / "outputs.safetensors")
+    case = {"case": "clips", "family": "osp_discriminator", "config": said["config"], "runs": {"r0": {}}}
+    case |= {"outputs": {ours: said["outputs"][theirs] for ours, theirs in names.items()}}
+    (tmp_path / "case.json").write_text(json.dumps(case))
+    check_case(tmp_path, ".")
 
 
 def test_manifest(goldens):

@@ -6,9 +6,11 @@ from opensora_jax.diffusion import adversarial
 from opensora_jax.verify.case import Adapter, Case, channels_first, channels_last
 
 
-def replay_2d(case: Case, run: str) -> dict:
-    net, params, _ = case.load("vaes", "discriminator")
-    given = {name: channels_last(value)[:, None] for name, value in case.tensors(run).items()}
+def replay_plan(case: Case, run: str) -> dict:
+    net, params, cfg = case.load("vaes", "discriminator")
+    given = {name: channels_last(value) for name, value in case.tensors(run).items()}
+    if cfg.rank == 2:  # frames by themselves
+        given = {name: value[:, None] for name, value in given.items()}
     real, fake = net(params, given["real"]), net(params, given["fake"])
     train, moved = jax.jit(lambda x: net(params, x, method="train_step"))(given["real"])
     running = {
@@ -25,7 +27,7 @@ def replay_2d(case: Case, run: str) -> dict:
     }
 
 
-def replay_3d(case: Case, run: str) -> dict:
+def replay_clips(case: Case, run: str) -> dict:
     net, params, _ = case.load("vaes", "discriminator")
     x = channels_last(case.tensors(run)["x"])
     out, (train, _) = jax.jit(lambda x: (net(params, x), net(params, x, method="train_step")))(x)
@@ -33,7 +35,7 @@ def replay_3d(case: Case, run: str) -> dict:
 
 
 FAMILIES = {
-    "osp_discriminator": Adapter("discriminator", replay_2d),
-    "discriminator3d_v12": Adapter("discriminator", replay_3d),
-    "discriminator3d_v13": Adapter("discriminator", replay_3d),
+    "osp_discriminator": Adapter("discriminator", replay_plan),
+    "discriminator3d_v12": Adapter("discriminator", replay_clips),
+    "discriminator3d_v13": Adapter("discriminator", replay_clips),
 }

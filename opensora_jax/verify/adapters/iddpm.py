@@ -1,5 +1,6 @@
 """IDDPM of Open-Sora 1.0 and 1.1 and of Open-Sora-Plan: tables, losses, sampling trajectories; DPM-Solver of 1.0."""
 
+import re
 from functools import partial
 
 import jax
@@ -34,7 +35,11 @@ def process(options: dict, *, float32: bool) -> iddpm.Config:
 
 
 def tables(case: Case, run: str, *, float32: bool) -> dict:
-    options = {**case.config, "timestep_respacing": "" if run == "full" else run}
+    """A run is named after its respacing, of those in the config."""
+    spell = lambda respacing: re.sub(r"\W+", "_", str(respacing)).strip("_") or "full"
+    stated = case.config.get("timestep_respacing")
+    known = {spell(r): r for r in stated} if isinstance(stated, list) else {}
+    options = {**case.config, "timestep_respacing": known.get(spell(run), "" if run == "full" else run)}
     tab = iddpm.tables(process(options, float32=float32))
     return {name: getattr(tab, name) for name in case.recorded(run)}
 

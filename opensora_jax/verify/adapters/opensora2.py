@@ -178,7 +178,8 @@ def training_loss(case: Case, args: dict, given: dict) -> dict:
     noise, t = unpack(jnp.asarray(given["x1_packed"]), x0.shape[1:4], patch), jnp.asarray(given["t"])
     batch = {"latents": x0, "y": given["t5_out"], "y_vec": given["clip_out"], "cond": cond}
     if args["mask_loss"]:
-        batch["frame_weights"] = conditions.frame_weights(cond[:, :, 0, 0, 0])
+        masks = given["masks"] if "masks" in given else cond[..., 0]
+        batch["frame_weights"] = conditions.frame_weights(jnp.asarray(masks)[:, :, 0, 0])
 
     def loss(params):
         seen = {}

@@ -71,13 +71,14 @@ def sample(case: Case, run: str, *, stem: str, version: dict) -> dict:
         )
     solver = Euler(
         cfg["num_sampling_steps"],
+        scheduler.get("num_timesteps", 1000),
         shift=shift if cfg["use_timestep_transform"] else None,
         discrete=cfg["use_discrete_timesteps"],
     )
     oscillate = scheduler.get("use_oscillation_guidance", False)
     ramp = {}
     if scheduler.get("scale_image_weight"):
-        ramp = {"image_floor": scheduler.get("initial_image_scale", 1.0), "ramp_steps": solver.steps}
+        ramp = {"image_floor": scheduler.get("initial_image_scale", 1.0), "ramp_steps": max(2, solver.steps)}
     z, conditions = jnp.asarray(channels_last(given["z"])), branches(given)
     guidance = Guidance(
         options.get("guidance_scale", cfg["cfg_scale"]),

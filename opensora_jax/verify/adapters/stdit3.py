@@ -1,7 +1,7 @@
 """STDiT3 of Open-Sora 1.2."""
 
 from opensora_jax.verify.case import Adapter, Case, channels_first, channels_last
-from opensora_jax.verify.denoiser import forward, intermediates, text
+from opensora_jax.verify.denoiser import forward, intermediates, projected_text, text
 
 INTERMEDIATES = {
     "tokens": "tokens_after_patch_and_pos",
@@ -16,7 +16,8 @@ CONDITIONING = ("x_mask", "fps", "height", "width")
 def replay(case: Case, run: str) -> dict:
     net, params, cfg = case.load("models", "stdit3")
     given = case.tensors(run)
-    arrays = {"x": channels_last(given["x"]), "t": given["timestep"], **text(given)}
+    captions = projected_text(given) if cfg.skip_y_embedder else text(given)
+    arrays = {"x": channels_last(given["x"]), "t": given["timestep"], **captions}
     out, seen = forward(net, params, arrays | {name: given.get(name) for name in CONDITIONING})
     kinds = {f"{i}/{kind}_out": f"{kind}{i}_out" for i in range(cfg.depth) for kind in ("spatial", "temporal")}
     return {"out": channels_first(out), **intermediates(case, run, seen, INTERMEDIATES | kinds)}
