@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 
 STEP_SECONDS = 0.02
+WARM_UP = 8  # batches, after which recycled memory has been touched
 RAW = ("fresh", "recycled", "hot")  # memory that raw reads go to
 MP4_SETUPS = ((1, 0), (2, 0), (4, 0), (2, 1), (1, 2))  # threads, workers
 
@@ -82,11 +83,13 @@ def write_clips(folder: Path, args) -> None:
 
 
 def timed(batches, count: int, size_of) -> dict:
-    """Consumes `count` batches as fast as they come, then some more at the pace of a trainer."""
+    """After some to warm up, consumes `count` batches as fast as they come, then more at the pace of a trainer."""
     began = time.perf_counter()
     first = next(batches)
     startup = time.perf_counter() - began
     clips, size = size_of(first)
+    for _ in range(WARM_UP):
+        next(batches)
     began, spent = time.perf_counter(), cpu_seconds()
     for _ in range(count):
         next(batches)

@@ -22,6 +22,7 @@ USABLE = BLOCK - BLOCK_HEADER
 BLOCKS_AT_ONCE = 500  # of two pieces each; the system takes 1024 pieces
 MAGIC = 0x71930E704FDAE05E  # in the postscript of every ArrayRecord file
 SIMPLE, AS_WRITTEN = ord("r"), 0  # type of a chunk; its compression
+NOWHERE = np.empty(0, np.uint64), np.empty((0, 3), "<u8")
 
 
 class ArrayRecordFile:
@@ -64,21 +65,25 @@ class ArrayRecordFile:
         end = broken(first + size - 1) + 1
         for done in range(0, len(out), BLOCKS_AT_ONCE * USABLE):
             places, headers = self._scatter(first + start + done, out[done : done + BLOCKS_AT_ONCE * USABLE])
-            if ((headers[:, 1] != places - begin) | (headers[:, 2] != end - places)).any():
+            if len(places) and ((headers[:, 1] != places - begin) | (headers[:, 2] != end - places)).any():
                 raise OSError(f"{self.path}: record {index} is damaged")
 
     def _scatter(self, at: int, out: memoryview) -> tuple[np.ndarray, np.ndarray]:
         """Fills `out` from the byte `at`, block headers not counted; returns their places and what they hold."""
         began = broken(at)
         first = BLOCK - began % BLOCK
-        count = -(-max(0, len(out) - first) // USABLE)
+        if len(out) <= first:
+            if os.preadv(self._file.fileno(), [out], began) != len(out):
+                raise OSError(f"{self.path} ends too early")
+            return NOWHERE
+        count = -(-(len(out) - first) // USABLE)
         headers = np.empty((count, 3), "<u8")
         aside = memoryview(headers.view(np.uint8).reshape(-1))
         pieces = [out[:first]]
         for number in range(count):
             pieces.append(aside[number * BLOCK_HEADER : (number + 1) * BLOCK_HEADER])
             pieces.append(out[first + number * USABLE : first + (number + 1) * USABLE])
-        if len(out) and os.preadv(self._file.fileno(), pieces, began) != len(out) + len(aside):
+        if os.preadv(self._file.fileno(), pieces, began) != len(out) + len(aside):
             raise OSError(f"{self.path} ends too early")
         return began + first + BLOCK * np.arange(count, dtype=np.uint64), headers
 
