@@ -71,12 +71,13 @@ def clips(count: int, folder: str) -> dict:
     report, table = {}, tables.read_input(videos)
     for number in range(1, len(steps) + 1):  # one step more each time: the steps before are resumed, which costs little
         with Memory() as memory:
-            began = time.monotonic()
+            began, spent = time.monotonic(), time.process_time()
             made = pipeline.run(steps[:number], table, Options(work, quiet=True))
-            seconds = time.monotonic() - began
+            seconds, spent = time.monotonic() - began, time.process_time() - spent
         facts = {
-            "seconds": seconds,
-            "clips_per_second": count / seconds,
+            "seconds": round(seconds, 1),
+            "cpu_seconds": round(spent, 1),
+            "clips_per_second": round(count / seconds, 1),
             "rows": made.num_rows,
             **slope(memory.samples, count),
         }
@@ -84,9 +85,11 @@ def clips(count: int, folder: str) -> dict:
         print(steps[number - 1].label, json.dumps(facts), flush=True)
     few = made.slice(0, 100)
     few = few.select(["id", "source", "path", "num_frames"]).replace_schema_metadata(None)
-    began = time.monotonic()
+    began, spent = time.monotonic(), time.process_time()
     pipeline.run([step("ocr")], pa.table(few), Options(os.path.join(folder, "ocr"), quiet=True))
-    report["ocr"] = {"seconds": time.monotonic() - began, "clips_per_second": few.num_rows / (time.monotonic() - began)}
+    seconds, spent = time.monotonic() - began, time.process_time() - spent
+    report["ocr"] = {"rows": few.num_rows, "seconds": round(seconds, 1), "cpu_seconds": round(spent, 1)}
+    report["ocr"] |= {"memory_mib": round(resident(), 1)}
     report["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return report
 

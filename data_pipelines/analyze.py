@@ -124,9 +124,15 @@ def draw(summary: Summary, path: str) -> None:
     if summary.words is not None:
         top = summary.words.most_common(12)[::-1]
         axes.barh([str(word)[:24] for word, _ in top], [count for _, count in top])
+        axes.set_xlabel("rows", fontsize=7)
     elif summary.bins is not None:
-        width = (summary.high - summary.low) / 64 or 1.0
-        axes.bar(summary.low + np.arange(64) * width, summary.bins.reshape(64, -1).sum(axis=1), width, align="edge")
+        width = (summary.high - summary.low) / 64
+        if width:
+            axes.bar(summary.low + np.arange(64) * width, summary.bins.reshape(64, -1).sum(axis=1), width, align="edge")
+        else:  # one value
+            axes.bar([summary.low], [summary.bins.sum()], 0.1)
+            axes.set(xlim=(summary.low - 1, summary.low + 1), xticks=[summary.low])
+        axes.set_ylabel("rows", fontsize=7)
     axes.set_title(summary.name, fontsize=9)
     axes.tick_params(labelsize=7)
     with files.replacing(path) as local:
@@ -137,23 +143,32 @@ def draw(summary: Summary, path: str) -> None:
 def report(summaries: list[Summary], output: str, title: str) -> dict:
     """Writes the PNGs, report.html and report.json; returns what the last holds."""
     facts = {s.name: s.facts() for s in summaries}
-    cells = []
     for summary in summaries:
         draw(summary, files.join(output, f"{summary.name}.png"))
-        rows = "".join(
-            f"<tr><td>{html.escape(str(k))}<td>{html.escape(shown(v))}"
-            for k, v in facts[summary.name].items()
-            if k != "top"
-        )
-        cells.append(f'<figure><img src="{summary.name}.png" alt="{summary.name}"><table>{rows}</table></figure>')
-    rows = summaries[0].rows if summaries else 0
-    style = "body{font:14px sans-serif;margin:2em}figure{display:inline-block;margin:1em;vertical-align:top}"
-    style += "td{padding:0 1em 0 0}"
-    page = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{style}</style>"
-    page += f"<h1>{html.escape(title)}</h1><p>{rows} rows</p>{''.join(cells)}"
+    head, *lines = overview(facts)
+    cells = lambda kind, line: "<tr>" + "".join(f"<{kind}>{html.escape(cell)}" for cell in line)
+    pictures = "".join(f'<a href="#top"><img src="{name}.png" alt="{name}" id="{name}"></a>' for name in facts)
+    style = "body{font:14px sans-serif;margin:2em}img{margin:.5em;border:1px solid #ddd}table{border-collapse:collapse}"
+    style += "td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd}td:first-child{text-align:left}"
+    style += "td:last-child{text-align:left}"
+    page = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{style}</style><body id=top>"
+    page += f"<h1>{html.escape(title)}</h1><p>{summaries[0].rows if summaries else 0} rows</p>"
+    page += f"<table>{cells('th', head)}{''.join(cells('td', line) for line in lines)}</table><p>{pictures}"
     files.write_bytes(files.join(output, "report.html"), page.encode())
     files.write_bytes(files.join(output, "report.json"), json.dumps(facts, indent=1).encode())
     return facts
+
+
+def overview(facts: dict[str, dict]) -> list[list[str]]:
+    """A line a column under a head, for the page and for the terminal; words are shown by how often they occur."""
+    numbers = ("missing", "min", "p5", "p25", "p50", "p75", "p95", "max", "mean")
+    lines = [["column", *numbers, "most common"]]
+    for name, fact in facts.items():
+        words = [f"{word} {count}" for word, count in list(fact.get("top", {}).items())[:5]]
+        rest = fact.get("distinct", 0) - len(words)
+        words += [f"{rest} others"] if rest > 0 else []
+        lines.append([name, *(shown(fact.get(key, "")) for key in numbers), ", ".join(words)])
+    return lines
 
 
 def shown(value) -> str:
@@ -178,8 +193,12 @@ def main() -> None:
             f"{args.input} has none of the usual columns; name some with --columns={','.join(source.schema.names)}"
         )
     facts = report(summarise(source, columns), files.absolute(args.output), args.input)
-    for name, fact in facts.items():
-        print(name, ", ".join(f"{k} {shown(v)}" for k, v in fact.items() if k != "top"))
+    lines = overview(facts)
+    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
+    for name, *cells in lines:
+        print(
+            name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:-1])), cells[-1], sep="  "
+        )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,12 @@ from opensora_jax.common.errors import UserError
 
 class Caption(Stage):
     columns_in = ("path", "num_frames")
-    columns_out = {"text": pa.string(), "caption_model": pa.string(), "caption_tokens": pa.int64()}
+    columns_out = {
+        "text": pa.string(),
+        "caption_model": pa.string(),
+        "caption_tokens": pa.int64(),
+        "caption_finish": pa.string(),  # stop, or length where max_tokens cut it off
+    }
     resources = Resources(num_cpus=0.25, max_workers=2)  # the server sets the pace; requests have threads of their own
     batch_size = 32
     pace = ("base_url", "key_env", "concurrency", "requests_per_minute", "timeout_seconds", "retries", "pause_seconds")
@@ -92,6 +97,7 @@ class Caption(Stage):
                 "text": answer["text"],
                 "caption_model": self.config.model,
                 "caption_tokens": tokens,
+                "caption_finish": answer.get("finish"),
             }
         except UserError:
             raise
@@ -225,23 +231,28 @@ class Client:
         request = urllib.request.Request(config.base_url.rstrip("/") + "/chat/completions", data, headers)
         with urllib.request.urlopen(request, timeout=config.timeout_seconds) as response:
             answer = json.loads(response.read())
-        text = answer["choices"][0]["message"]["content"].strip()
-        if not text:
+        choice = answer["choices"][0]
+        text = choice["message"]["content"]
+        if not isinstance(text, str) or not text.strip():
             raise ValueError("an empty caption")
         usage = answer.get("usage") or {}
         counts = {"tokens_in": "prompt_tokens", "tokens_out": "completion_tokens"}
-        return {"text": text} | {ours: int(usage.get(theirs) or 0) for ours, theirs in counts.items()}
+        facts = {"text": text.strip(), "finish": choice.get("finish_reason")}
+        return facts | {ours: int(usage.get(theirs) or 0) for ours, theirs in counts.items()}
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds, or a date."""
+    """Seconds, or a date; what is neither says nothing."""
     if not value:
         return None
     try:
-        return min(300.0, max(0.0, float(value)))
+        seconds = float(value)
     except ValueError:
-        when = email.utils.parsedate_to_datetime(value)
-        return min(300.0, max(0.0, when.timestamp() - time.time()))
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except ValueError:
+            return None
+    return min(300.0, max(0.0, seconds))
 
 
 class Gate:

@@ -21,26 +21,15 @@ def stream(path: str, *, longer: int | None = None, size: tuple[int, int] | None
 
     `longer` scales so that the longer side has that many pixels (never up); `size` is an exact (height, width).
     """
+    wanted = size or (lambda height, width: fitted(height, width, longer))
     with files.fetched(path) as local, av.open(local) as container:
         video = container.streams.video[0]
         video.codec_context.thread_count = 1
-        first = None
+        first, picture = None, video_io.Picture("AREA")
         for number, frame in enumerate(container.decode(video)):
             seconds = frame.time if frame.time is not None else number / float(video.average_rate or 24)
             first = seconds if first is None else first
-            yield seconds - first, pixels(frame, longer, size)
-
-
-def pixels(frame: av.VideoFrame, longer: int | None = None, size: tuple[int, int] | None = None) -> np.ndarray:
-    turns = round(frame.rotation / 90) % 4
-    height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
-    size = size or fitted(height, width, longer)
-    stored = size[::-1] if turns % 2 else size
-    if stored == (frame.height, frame.width):
-        image = frame.to_ndarray(format="rgb24")
-    else:
-        image = frame.reformat(width=stored[1], height=stored[0], interpolation="AREA").to_ndarray(format="rgb24")
-    return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+            yield seconds - first, picture(frame, wanted)
 
 
 def frames_at(path: str, numbers: Sequence[int], *, longer: int | None = None, size=None) -> np.ndarray:

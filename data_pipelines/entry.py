@@ -5,6 +5,8 @@ python -m data_pipelines.STAGE --input=DIR|PARQUET|CSV --output=DIR [--OPTION=VA
 
 import argparse
 import dataclasses
+import inspect
+import re
 import typing
 from collections.abc import Sequence
 
@@ -40,6 +42,13 @@ def options(args: argparse.Namespace) -> Options:
     return Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
 
 
+def remarks(config: type) -> dict[str, str]:
+    """What the source says beside each option, which is what --help says of it."""
+    lines = inspect.getsource(config).splitlines()
+    found = (re.match(r"\s+(\w+): .*?  # (.+)", line) for line in lines)
+    return {match[1]: match[2] for match in found if match}
+
+
 def stage(cls: type[Stage], argv: Sequence[str] | None = None) -> int:
     """The entry of a stage's own module."""
     name = getattr(cls, "__module__", "").rsplit(".", 1)[-1]
@@ -51,12 +60,12 @@ def stage(cls: type[Stage], argv: Sequence[str] | None = None) -> int:
     import importlib
 
     flags = parser(name, importlib.import_module(cls.__module__).__doc__)
-    hints = typing.get_type_hints(cls.Config)
+    hints, said = typing.get_type_hints(cls.Config), remarks(cls.Config)
     for field in dataclasses.fields(cls.Config):
+        kind = getattr(hints[field.name], "__name__", hints[field.name])
         default = "required" if field.default is dataclasses.MISSING else f"default {field.default!r}"
-        flags.add_argument(
-            f"--{field.name}", help=f"{getattr(hints[field.name], '__name__', hints[field.name])}, {default}"
-        )
+        words = f"{said[field.name]} ({kind}, {default})" if field.name in said else f"{kind}, {default}"
+        flags.add_argument(f"--{field.name}", help=words.replace("%", "%%"))
 
     def main() -> None:
         args = flags.parse_args(argv)

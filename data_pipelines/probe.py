@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipelines import entry, files
-from data_pipelines.decode import pixels
 from data_pipelines.stage import Resources, Stage
+from opensora_jax.data.video_io import Picture
 
 MEASURED = {
     "num_frames": pa.int64(),
@@ -71,7 +71,7 @@ def examine(path: str, decode: str) -> dict:
         video = container.streams.video[0]
         found = {"codec": video.codec_context.name, "audio": bool(container.streams.audio)}
         if Path(path).suffix.lower() in files.IMAGE_SUFFIXES:
-            image = pixels(next(container.decode(video)))
+            image = Picture()(next(container.decode(video)))
             return found | shape(*image.shape[:2], 0) | {"status": "ok", "num_frames": 1, "fps": None, "seconds": None}
         declared = video.frames
         rate = float(video.average_rate or video.guessed_rate or 0) or None

@@ -2,6 +2,7 @@
 
 What a data set holds, and what a configuration's buckets make of it: counts by shape, the bucket table with the steps of
 an epoch, what finds no bucket and why; histograms (histogram.png) and decoded samples (samples.png) in --output.
+--verify first compares every shard of a folder with the checksum in its manifest.
 """
 
 import sys
@@ -25,6 +26,9 @@ def arguments(argv=None):
     parser.add_argument("--config", metavar="FILE[:variant]", help="take data.* from this configuration")
     parser.add_argument("--output", metavar="DIR", help="write histogram.png and samples.png here")
     parser.add_argument("--batch_scale", type=int, help="data-parallel devices of the run (multiplies batch sizes)")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare the shards with their checksums (reads them all)"
+    )
     return parser.parse(argv)
 
 
@@ -44,6 +48,8 @@ def main(argv=None) -> int:
     if not values.get("source"):
         raise UserError("name a data set: --source=SOURCE, or --config=FILE with data.source")
     data = config.build(DataConfig, values, "config.data")
+    if args.verify:
+        verify([data.source] if isinstance(data.source, str) else data.source)
     source = open_sources(data)
     print(summary(source))
     plan = make_plan(data, source)
@@ -56,6 +62,18 @@ def main(argv=None) -> int:
         if not source.latents:
             print(f"{samples(folder / 'samples.png', source)}: {folder / 'samples.png'}")
     return 0
+
+
+def verify(folders) -> None:
+    """Says that all shards are as they were written, or names those that are not."""
+    from opensora_jax.data.records import read_manifest, verify_folder
+
+    for folder in folders:
+        if changed := verify_folder(folder):
+            raise UserError(
+                f"{folder}: not as they were written, or gone: {', '.join(changed)}; pack or copy them again"
+            )
+        print(f"{folder}: all {len(read_manifest(folder)['shards'])} shards are as they were written")
 
 
 def summary(source) -> str:

@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from opensora_jax.common.errors import UserError
 from opensora_jax.common.progress import say
 from opensora_jax.data.buckets import Bucket, BucketTable
-from opensora_jax.data.buffers import BufferPool
+from opensora_jax.data.buffers import BufferPool, Place, RowsOfBatch
 from opensora_jax.data.masks import MaskGenerator, condition_frames, latent_frames, pick_mask_type
 from opensora_jax.data.plan import Plan
 from opensora_jax.data.plan import Step as PlannedStep
@@ -30,7 +31,6 @@ from opensora_jax.data.video_io import read_frames, resize
 IMAGE_FPS = 120.0  # how the reference tells its networks that a clip is a still image
 ATTEMPTS = 16  # replacements tried for one bad record before giving up
 UNBOUNDED = 1 << 60
-LARGE = 1 << 16  # bytes of a row from which recycling memory pays
 
 
 @dataclass(frozen=True)
@@ -158,22 +158,19 @@ class StepSource:
         planned = self.plan.at(int(step))
         share = planned.size // self.process_count
         slots = range(self.process_index * share, (self.process_index + 1) * share)
-        pixels = (share, *planned.bucket.shape, 3)
-        batch = {} if self.source.latents else {"video": self.buffers.empty(pixels, np.float32)}
+        batch = RowsOfBatch(self.buffers, share)
         self._pool = self._pool or ThreadPoolExecutor(self.config.num_threads or min(32, 2 * (os.cpu_count() or 1)))
-        jobs = [self._pool.submit(self._sample, planned, slot, batch, row) for row, slot in enumerate(slots)]
+        jobs = [
+            self._pool.submit(self._sample, planned, slot, partial(batch.row, row)) for row, slot in enumerate(slots)
+        ]
         rows = [job.result() for job in jobs]
         bad = [item for row in rows for item in row.pop("bad")]
         if any("id" not in row for row in rows):
             return {"failed": True, "step": planned.step, "bad": bad}
         ids = [row.pop("id") for row in rows]
-        batch["text"] = [row.pop("text") for row in rows]
-        for key, first in rows[0].items():
-            out = self.buffers.empty((share, *first.shape), first.dtype) if first.nbytes > LARGE else None
-            batch[key] = np.stack([row[key] for row in rows], out=out)
-        return {"failed": False, "step": planned.step, "ids": ids, "bad": bad, "batch": batch}
+        return {"failed": False, "step": planned.step, "ids": ids, "bad": bad, "batch": batch.gathered(rows, ids)}
 
-    def _sample(self, planned: PlannedStep, slot: int, batch: dict, row: int) -> dict:
+    def _sample(self, planned: PlannedStep, slot: int, place: Place) -> dict:
         """One row of the batch; a bad record is replaced by the next of its bucket, whoever reads it."""
         bad = []
         for attempt in range(min(ATTEMPTS, len(planned.order))):
@@ -181,17 +178,17 @@ class StepSource:
             rng = random.Random(f"{self.config.seed}/{planned.step}/{slot}/{attempt}")
             name = f"#{clip}"  # all that is known of one that cannot even be parsed
             try:
-                record = self.source[clip]
+                record = self.source.into(clip, place) if self.source.latents else self.source[clip]
                 name = record["id"]
                 load = self._latents if self.source.latents else self._pixels
-                return load(record, planned, rng, batch, row) | {"id": name, "bad": bad}
+                return load(record, planned, rng, place) | {"id": name, "bad": bad}
             except UserError:
                 raise
             except Exception as error:  # whatever a broken file provokes: skipped, counted and named
                 bad.append((name, f"{type(error).__name__}: {error}"))
         return {"bad": bad}
 
-    def _pixels(self, record: dict, planned: PlannedStep, rng: random.Random, batch: dict, row: int) -> dict:
+    def _pixels(self, record: dict, planned: PlannedStep, rng: random.Random, place: Place) -> dict:
         bucket, config = planned.bucket, self.config
         interval = int(frame_intervals(config, [record["fps"]])[0])
         indices = frame_indices(record["num_frames"], bucket.num_frames, interval, rng)
@@ -202,14 +199,15 @@ class StepSource:
             frames = resize(frames, scale(*frames.shape[1:3]))
         else:
             frames = read_frames(record.get("video") or media(record["path"]), indices=indices, size=scale)
-        normalize(crop(frames, config.transform, size, rng), batch["video"][row])
+        video = place("video", (*bucket.shape, 3), np.dtype(np.float32))
+        normalize(crop(frames, config.transform, size, rng), video)
         frames_out = latent_frames(
             bucket.num_frames, time_stride=config.time_stride, time_chunk_frames=config.time_chunk_frames,
             time_overlap_frames=config.time_overlap_frames,
         )  # fmt: skip
-        return self._facts(record, planned, frames_out, interval, rng)
+        return {"video": video} | self._facts(record, planned, frames_out, interval, rng)
 
-    def _latents(self, record: dict, planned: PlannedStep, rng: random.Random, batch: dict, row: int) -> dict:
+    def _latents(self, record: dict, planned: PlannedStep, rng: random.Random, place: Place) -> dict:
         arrays = {key: record[key] for key in ("latents", "text_emb", "text_mask", "y_vec") if key in record}
         return arrays | self._facts(record, planned, len(arrays["latents"]), 1, rng)
 

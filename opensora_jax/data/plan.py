@@ -6,6 +6,7 @@ An epoch assigns each clip to a bucket, shuffles every bucket, cuts it into batc
 
 import hashlib
 import json
+import threading
 from collections import Counter
 from dataclasses import dataclass
 
@@ -62,22 +63,31 @@ class Plan:
         self._fixed = [self._certain(*kind.tolist()) for kind in self._kinds]
         self._drawn = [number for number, (certain, _) in enumerate(self._fixed) if not certain]
         self._epochs: dict[int, Epoch] = {}
-        self._ends: list[int] = []
+        self._ends: list[int] = []  # the step after each epoch, as far as they have been counted
+        self._lock = threading.RLock()  # the loader's threads share one plan
+
+    def __getstate__(self):
+        return self.__dict__ | {"_lock": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _lock=threading.RLock())
 
     def at(self, step: int) -> Step:
         """The clips of a step, counted from 0 over all epochs."""
-        number, first = self._epoch_of(step)
-        epoch = self.epoch(number)
+        with self._lock:
+            number, first = self._epoch_of(step)
+            epoch = self.epoch(number)
         which, start = epoch.batches[step - first].tolist()
         bucket = epoch.buckets[which]
         return Step(step, number, bucket, start, bucket.batch_size * self.batch_scale, epoch.orders[which])
 
     def epoch(self, number: int) -> Epoch:
-        if number not in self._epochs:
-            for old in [old for old in self._epochs if abs(old - number) > 1]:
-                del self._epochs[old]
-            self._epochs[number] = self._make_epoch(number)
-        return self._epochs[number]
+        with self._lock:
+            if number not in self._epochs:
+                for old in [old for old in self._epochs if abs(old - number) > 1]:
+                    del self._epochs[old]
+                self._epochs[number] = self._make_epoch(number)
+            return self._epochs[number]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -191,8 +201,9 @@ class Plan:
     def _epoch_of(self, step: int) -> tuple[int, int]:
         """(epoch, its first step)."""
         if not self._drawn:  # no draw: every epoch is as long as the first
-            length = self._checked(len(self.epoch(0).batches))
-            return step // length, step // length * length
+            if not self._ends:
+                self._ends = [self._checked(len(self.epoch(0).batches))]
+            return step // self._ends[0], step // self._ends[0] * self._ends[0]
         while not self._ends or self._ends[-1] <= step:
             length = self._checked(len(self.epoch(len(self._ends)).batches))
             self._ends.append((self._ends[-1] if self._ends else 0) + length)

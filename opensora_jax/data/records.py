@@ -8,6 +8,7 @@ Folders may be local, gs:// or s3://.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -25,8 +26,10 @@ INDEX = ("num_frames", "height", "width", "fps")
 OPTIONS = "group_size:1,uncompressed"  # payloads are compressed already; a group of one makes random reads cheap
 SUFFIX = ".array_record"
 MANIFEST = "manifest.json"
-WORTH_A_VIEW = 1 << 16  # bytes
 ARRAY = 1  # msgpack extension code of an array: its dtype and shape, then its bytes
+BYTES, LARGE = b"\xc6", b"\xc9"  # how msgpack begins bytes and extensions of 64 KiB and more
+PIECE = 1 << 12  # bytes fetched at a time while looking for the large parts of a record
+WORTH_PIECES = 1 << 16
 
 
 def encode_record(record: dict) -> bytes:
@@ -39,52 +42,101 @@ def encode_record(record: dict) -> bytes:
 
 def decode_record(data: bytes) -> dict:
     """The record; arrays are read-only views into its bytes, not copies."""
+    if len(data) < WORTH_PIECES:
+        return _whole(data)
+    view = memoryview(data)
+    take = lambda key, dtype, shape, at: np.frombuffer(view, dtype, math.prod(shape), at).reshape(shape)
+    return decode_pieces(lambda at, count: view[at : at + count], take)
+
+
+def decode_pieces(fetch, take) -> dict:
+    """A record of which only the small parts need be at hand: `fetch(at, count)` gives bytes of it, and
+    `take(key, dtype, shape, at)` what to keep of a large array whose own bytes begin at `at`.
+    """
+    import msgpack
+
+    record = {}
+    try:
+        values = _Values(fetch)
+        for _ in range(values.map_length()):
+            key = values.next()
+            kind = values.ahead(1)
+            if kind == BYTES:
+                size, at = struct.unpack(">xI", values.ahead(5))[0], values.at + 5
+                record[key] = bytes(fetch(at, size))
+                if len(record[key]) < size:
+                    raise ValueError("it ends too early")
+                values.jump(at + size)
+            elif kind == LARGE:
+                size, code = struct.unpack(">xIb", values.ahead(6))
+                at = values.at + 6
+                dtype, shape, head = _array_head(code, values.ahead(6 + 256)[6:])
+                if head + math.prod(shape) * dtype.itemsize != size:
+                    raise ValueError(f"{key} is not as long as its shape says")
+                record[key] = take(key, dtype, shape, at + head)
+                values.jump(at + size)
+            else:
+                record[key] = values.next()
+    except (ValueError, TypeError, IndexError, struct.error, msgpack.UnpackException) as error:
+        raise ValueError(f"not a shard record: {error}") from None
+    return record
+
+
+def _whole(data: bytes) -> dict:
     import msgpack
 
     try:
-        if len(data) < WORTH_A_VIEW:
-            record = msgpack.unpackb(data, ext_hook=_unpack_array)
-        else:
-            record = _decode_large(memoryview(data))
-    except (ValueError, IndexError, struct.error, msgpack.UnpackException) as error:
+        record = msgpack.unpackb(data, ext_hook=_unpack_array)
+    except (ValueError, TypeError, IndexError, struct.error, msgpack.UnpackException) as error:
         raise ValueError(f"not a shard record: {error}") from None
     if not isinstance(record, dict):
         raise ValueError("not a shard record: no map at its top")
     return record
 
 
-def _decode_large(data: memoryview) -> dict:
-    """As msgpack does it, except that an array of some size is taken where it lies: copying would be half of the time."""
-    if data[0] & 0xF0 == 0x80:
-        count, at = data[0] & 0x0F, 1
-    elif data[0] == 0xDE:
-        count, at = struct.unpack_from(">H", data, 1)[0], 3
-    else:
-        raise ValueError("no map at its top")
-    record = {}
-    for _ in range(count):
-        key, at = _value_at(data, at)
-        record[key], at = _value_at(data, at)
-    return record
+class _Values:
+    """msgpack's values one after another, out of bytes that are fetched as they are needed."""
 
+    def __init__(self, fetch):
+        self.fetch = fetch
+        self.jump(0)
 
-def _value_at(data: memoryview, at: int):
-    """(value, offset behind it)."""
-    import msgpack
+    @property
+    def at(self) -> int:
+        return self.begin + self.unpacker.tell()
 
-    if data[at] == 0xC9:  # extension with a length of 32 bits: what `_pack_array` makes of a large array
-        size, code = struct.unpack_from(">Ib", data, at + 1)
-        return _unpack_array(code, data[at + 6 : at + 6 + size]), at + 6 + size
-    size = 1 << 12
-    while True:
-        unpacker = msgpack.Unpacker(ext_hook=_unpack_array, max_buffer_size=len(data))
-        unpacker.feed(data[at : at + size])
-        try:
-            return unpacker.unpack(), at + unpacker.tell()
-        except msgpack.OutOfData:
-            if at + size >= len(data):
-                raise ValueError("it ends too early") from None
-            size *= 64
+    def jump(self, at: int) -> None:
+        import msgpack
+
+        self.begin, self.window = at, b""
+        self.unpacker = msgpack.Unpacker(ext_hook=_unpack_array, max_buffer_size=0, read_size=PIECE)
+
+    def _feed(self, count: int = PIECE) -> None:
+        more = bytes(self.fetch(self.begin + len(self.window), count))
+        self.window += more
+        self.unpacker.feed(more)
+
+    def ahead(self, count: int) -> bytes:
+        start = self.unpacker.tell()
+        if start + count > len(self.window):
+            self._feed()
+        return self.window[start : start + count]
+
+    def map_length(self) -> int:
+        self._feed()
+        return self.unpacker.read_map_header()
+
+    def next(self):
+        import msgpack
+
+        while True:
+            had = len(self.window)
+            try:
+                return self.unpacker.unpack()
+            except msgpack.OutOfData:
+                self._feed(max(PIECE, 15 * had))
+                if len(self.window) == had:
+                    raise ValueError("it ends too early") from None
 
 
 def check_record(record: dict) -> None:
@@ -113,12 +165,19 @@ def _pack_array(value):
 
 
 def _unpack_array(code, data):
+    dtype, shape, length = _array_head(code, data)
+    return np.frombuffer(data, dtype, offset=length).reshape(shape)
+
+
+def _array_head(code: int, data: bytes) -> tuple[np.dtype, list[int], int]:
+    """What is written before the bytes of an array: its dtype, its shape; and how long that is."""
     import msgpack
 
     if code != ARRAY:
         raise ValueError(f"unknown extension {code}")
-    dtype, shape = msgpack.unpackb(data[1 : 1 + data[0]])
-    return np.frombuffer(data, dtype_of(dtype), offset=1 + data[0]).reshape(shape)
+    length = 1 + data[0]
+    dtype, shape = msgpack.unpackb(data[1:length])
+    return dtype_of(dtype), shape, length
 
 
 def dtype_of(name: str) -> np.dtype:

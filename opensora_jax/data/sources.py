@@ -20,6 +20,7 @@ import numpy as np
 
 from opensora_jax.common.errors import UserError
 from opensora_jax.data import records, shapes
+from opensora_jax.data.array_record_file import ArrayRecordFile
 from opensora_jax.data.video_io import VideoError, probe, read_frames
 
 
@@ -31,6 +32,8 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict: ...
+
+    # Where latents: `into(index, place)` is the record too, each large array written where `place(key, shape, dtype)` says.
 
 
 def open_source(spec: str | os.PathLike) -> Source:
@@ -62,8 +65,16 @@ class JoinedSource:
         return int(self.ends[-1])
 
     def __getitem__(self, index: int) -> dict:
+        source, index = self._locate(index)
+        return source[index]
+
+    def into(self, index: int, place) -> dict:
+        source, index = self._locate(index)
+        return source.into(index, place)
+
+    def _locate(self, index: int) -> tuple[Source, int]:
         which = int(np.searchsorted(self.ends, index, side="right"))
-        return self.sources[which][index - (int(self.ends[which - 1]) if which else 0)]
+        return self.sources[which], index - (int(self.ends[which - 1]) if which else 0)
 
 
 class ShardSource:
@@ -84,6 +95,8 @@ class ShardSource:
             [np.asarray(columns[key], np.int32) for key in ("num_frames", "height", "width")], axis=1
         )
         self.fps = np.asarray(columns["fps"], np.float32)
+        self.ends = np.cumsum(self.counts)
+        self._opened: dict[str, ArrayRecordFile | None] = {}
 
     @cached_property
     def _reader(self):
@@ -100,8 +113,41 @@ class ShardSource:
     def __getitems__(self, indices) -> list[dict]:
         return [records.decode_record(data) for data in self._reader.__getitems__(list(indices))]
 
+    def into(self, index: int, place) -> dict:
+        shard = int(np.searchsorted(self.ends, index, side="right"))
+        number = index - int(self.ends[shard] - self.counts[shard])
+        file = self._file(self.files[shard])
+
+        def take(key, dtype, shape, at):
+            out = place(key, shape, dtype)
+            file.read_into(number, at, out.reshape(-1).view(np.uint8))
+            return out
+
+        if file is None:
+            return {key: _placed(key, value, place) for key, value in self[index].items()}
+        if file.sizes[number] < records.WORTH_PIECES:
+            return records.decode_record(file.read(number, 0, records.WORTH_PIECES))
+        return records.decode_pieces(lambda at, count: file.read(number, at, count), take)
+
+    def _file(self, path: str) -> ArrayRecordFile | None:
+        """A shard to read parts of; none where others packed several records in a chunk, or compressed them."""
+        if path not in self._opened:
+            try:
+                self._opened[path] = ArrayRecordFile(path)
+            except ValueError:
+                self._opened[path] = None
+        return self._opened[path]
+
     def __getstate__(self):
-        return {key: value for key, value in self.__dict__.items() if key != "_reader"}
+        return {key: value for key, value in self.__dict__.items() if key != "_reader"} | {"_opened": {}}
+
+
+def _placed(key: str, value, place):
+    if not isinstance(value, np.ndarray) or value.nbytes < records.WORTH_PIECES:
+        return value
+    out = place(key, value.shape, value.dtype)
+    out[...] = value
+    return out
 
 
 def _shard_paths(spec: str) -> list[str]:

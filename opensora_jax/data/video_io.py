@@ -76,12 +76,12 @@ def read_frames(
     wanted = np.asarray(indices, int)
     if wanted.size == 0 or wanted[0] < 0 or np.any(np.diff(wanted) < 0):
         raise VideoError(f"{_name(source)}: frame indices must be rising and not negative, got {wanted[:8].tolist()}")
-    out, filled = None, 0
+    out, filled, picture = None, 0, Picture()
     with _opened(source) as (container, stream):
         for index, frame in _numbered(source, container, stream, int(wanted[0])):
             if index < wanted[filled]:
                 continue
-            pixels = _pixels(frame, size)
+            pixels = picture(frame, size)
             if out is None:
                 out = np.empty((len(wanted), *pixels.shape), np.uint8)
             while filled < len(wanted) and wanted[filled] == index:
@@ -98,10 +98,9 @@ def resize(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
     if frames.shape[1:3] == tuple(size):
         return frames
-    out = np.empty((len(frames), *size, 3), np.uint8)
+    out, picture = np.empty((len(frames), *size, 3), np.uint8), Picture()
     for index, frame in enumerate(frames):
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        out[index] = _pixels(picture, size)
+        out[index] = picture(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"), size)
     return out
 
 
@@ -190,12 +189,12 @@ def _read_image(source: str | Path | bytes) -> np.ndarray:
 
 def _read_rest(source, start, stride, size):
     """Every frame from `start`; the array grows by doubling, so that no list of frames is ever held (their buffers leak)."""
-    out, filled = None, 0
+    out, filled, picture = None, 0, Picture()
     with _opened(source) as (container, stream):
         for index, frame in _numbered(source, container, stream, start):
             if index < start or (index - start) % stride:
                 continue
-            pixels = _pixels(frame, size)
+            pixels = picture(frame, size)
             if out is None:
                 out = np.empty((max(16, (stream.frames - start) // stride + 1), *pixels.shape), np.uint8)
             elif filled == len(out):
@@ -262,17 +261,26 @@ def _packet_times(source) -> list[int]:
         return sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
 
 
-def _pixels(frame, size) -> np.ndarray:
-    """One frame as displayed: scaled, converted to RGB and turned upright."""
-    turns = (getattr(frame, "rotation", 0) // 90) % 4
-    height, width = (frame.height, frame.width) if turns % 2 == 0 else (frame.width, frame.height)
-    size = size(height, width) if callable(size) else size
-    if size and (height, width) != tuple(size):
-        rows, columns = tuple(size)
-        height, width = (rows, columns) if turns % 2 == 0 else (columns, rows)
-        frame = frame.reformat(width=width, height=height, format="rgb24", interpolation="BICUBIC")
-    pixels = frame.to_ndarray(format="rgb24")
-    return np.rot90(pixels, turns) if turns else pixels
+class Picture:
+    """Turns the decoded frames of one stream into RGB as displayed: scaled, converted and upright.
+
+    One scaler, on one thread, serves them all. Left to itself PyAV makes a scaler a frame with a thread a core, which
+    took a 64x64 frame three times as long as decoding it (on two cores, 2026-11-28; more on more).
+    """
+
+    def __init__(self, interpolation: str = "BICUBIC"):
+        from av.video.reformatter import VideoReformatter
+
+        self.scaler, self.interpolation = VideoReformatter(), interpolation
+
+    def __call__(self, frame, size: Size = None) -> np.ndarray:
+        turns = round(frame.rotation / 90) % 4
+        height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
+        size = (size(height, width) if callable(size) else size) or (height, width)
+        height, width = size[::-1] if turns % 2 else size
+        scaled = {} if (height, width) == (frame.height, frame.width) else {"interpolation": self.interpolation}
+        pixels = self.scaler.reformat(frame, width, height, "rgb24", threads=1, **scaled).to_ndarray()
+        return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
 
 
 def _even(frames: np.ndarray) -> np.ndarray:

@@ -1,5 +1,7 @@
 """The report on a data set: counts, buckets, pictures."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -33,3 +35,18 @@ def test_the_buckets_of_a_shipped_config(capsys):
 def test_nothing_named():
     with pytest.raises(UserError, match="name a data set"):
         main([])
+
+
+def test_shards_are_compared_with_their_checksums(shards, tmp_path, capsys):
+    folder = tmp_path / "set"
+    shutil.copytree(shards, folder)
+    assert main([f"--source={folder}", "--verify"]) == 0
+    assert "shards are as they were written" in capsys.readouterr().out
+    path = next(folder.glob("*.array_record"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"not as they were written, or gone: {path.name}"):
+        main([f"--source={folder}", "--verify"])
+    with pytest.raises(UserError, match=r"has no manifest\.json to check against"):
+        main(["--source=shapes:train?count=64", "--verify"])

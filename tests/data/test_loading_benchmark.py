@@ -13,8 +13,9 @@ def test_a_round_of_the_smallest_set(tmp_path, monkeypatch):
     data_loading.write_clips(tmp_path, args)
     rows = data_loading.one_round(tmp_path, args)
     assert {name.split(",")[0] for name in rows} == {
-        "mp4 shards", "mp4 files", "latents of 4 MB", "raw read into fresh memory", "raw read into one buffer", "records of next to nothing",
+        "mp4 shards", "mp4 files", "latents of 4 MB", "raw read", "records of next to nothing",
     }  # fmt: skip
+    assert {f"raw read, {memory}, 4 threads" for memory in ("fresh", "recycled", "hot")} <= rows.keys()
     latents = rows["latents of 4 MB, 1 threads"]
     assert latents["mb_per_second"] == pytest.approx(latents["clips_per_second"] * 8 * 64**3 * 2 / 1e6)
     assert data_loading.best([rows], "latents", "mb_per_second") >= latents["mb_per_second"]

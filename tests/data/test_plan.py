@@ -1,5 +1,9 @@
 """The plan: reachable in any order, equal for equal seeds, and loud about tables that do not fit the data."""
 
+import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -34,6 +38,25 @@ def test_every_step_can_be_reached_directly(shapes):
     assert {step.epoch for step in steps} >= {0, 1, 2}
     other = Plan(shapes, BucketTable(TABLE), seed=4)
     assert [clips(other.at(step)) for step in range(5)] != [clips(step) for step in steps[:5]]
+
+
+@pytest.mark.parametrize("table", [TABLE, {"240p": {1: (1.0, 8)}}], ids=["drawn", "certain"])
+def test_each_epoch_is_made_once_and_threads_may_share_a_plan(shapes, table, monkeypatch):
+    made, make = [], Plan._make_epoch
+
+    def slowly(plan, number):
+        made.append(number)
+        time.sleep(0.01)
+        return make(plan, number)
+
+    monkeypatch.setattr(Plan, "_make_epoch", slowly)
+    alone = Plan(shapes, BucketTable(table), seed=3)
+    steps = range(5 * alone.steps_per_epoch)
+    expected = [clips(alone.at(step)) for step in steps]
+    assert made[:5] == [0, 1, 2, 3, 4] and len(made) <= 6
+    shared = pickle.loads(pickle.dumps(Plan(shapes, BucketTable(table), seed=3)))  # as a worker process has it
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda step: clips(shared.at(step)), steps)) == expected
 
 
 def test_an_epoch_uses_no_clip_twice_and_follows_the_table(shapes):

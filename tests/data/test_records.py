@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from opensora_jax.common.errors import UserError
-from opensora_jax.data.records import ShardWriter, decode_record, encode_record, read_manifest, verify_folder
+from opensora_jax.data.records import (
+    ShardWriter,
+    decode_pieces,
+    decode_record,
+    encode_record,
+    read_manifest,
+    verify_folder,
+)
 from opensora_jax.data.records import write_manifest as finish
 from opensora_jax.data.sources import open_source
 
@@ -88,3 +95,28 @@ def test_foreign_shards_without_side_files(shards, tmp_path):
     ours, foreign = open_source(shards), open_source(tmp_path)
     np.testing.assert_array_equal(ours.shapes, foreign.shapes)
     np.testing.assert_array_equal(ours.fps, foreign.fps)
+
+
+def test_large_parts_are_read_without_the_rest():
+    latents = np.arange(40_000, dtype=np.float32).reshape(2, 100, 50, 4)
+    embedding = np.ones((300, 128), np.float16)
+    payloads = ({"latents": latents, "text_emb": embedding, "meta": {"long": "x" * 70_000}}, {"video": bytes(100_000)})
+    for payload in payloads:
+        data = encode_record(FACTS | payload)
+        found = decode_record(data)
+        assert list(found) == list(FACTS | payload)
+        for key, value in (FACTS | payload).items():
+            np.testing.assert_array_equal(found[key], value)
+        for end in (len(data) - 1, len(data) - 70_000, 66_000):
+            with pytest.raises(ValueError, match="not a shard record"):
+                decode_record(data[:end])
+    asked = []
+    fetch = lambda at, count: asked.append((at, count)) or data[at : at + count]
+    data = encode_record(FACTS | payloads[0] | {"meta": 1})
+    found = decode_pieces(fetch, lambda key, dtype, shape, at: (key, dtype, tuple(shape), at))
+    assert sum(count for _, count in asked) <= 5 * 4096 < len(data) / 10
+    for key in ("latents", "text_emb"):
+        name, dtype, shape, at = found[key]
+        value = payloads[0][key]
+        assert (name, dtype, shape) == (key, value.dtype, value.shape)
+        assert data[at : at + value.nbytes] == value.tobytes()

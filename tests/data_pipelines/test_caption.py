@@ -3,6 +3,7 @@
 import base64
 import collections
 import contextlib
+import email.utils
 import io
 import json
 import threading
@@ -14,13 +15,13 @@ import pytest
 from PIL import Image
 
 from data_pipelines import files, pipeline, synthetic
-from data_pipelines.caption import Client, cost_of
+from data_pipelines.caption import Client, cost_of, retry_after
 from data_pipelines.pipeline import Options
 from data_pipelines.stage import configure, find
 from opensora_jax.common.errors import UserError
 from tests.data_pipelines.steps import step
 
-TROUBLES = ("429", "500", "timeout", "not json", "no choices", "null", "empty", "cut", "none")
+TROUBLES = ("429", "500", "timeout", "not json", "no choices", "null", "no text", "empty", "cut", "none")
 
 
 class Server(ThreadingHTTPServer):
@@ -62,7 +63,12 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests[-1] |= {"body": body, "images": len(images), "size": first.size}
         trouble = self.server.trouble(hash(images[0]))
         good = {
-            "choices": [{"message": {"role": "assistant", "content": f" a clip with {len(images)} frames "}}],
+            "choices": [
+                {
+                    "message": {"role": "assistant", "content": f" a clip with {len(images)} frames "},
+                    "finish_reason": "stop",
+                }
+            ],
             "usage": {"prompt_tokens": 1000, "completion_tokens": 100},
         }
         if trouble == "timeout":
@@ -74,8 +80,8 @@ class Handler(BaseHTTPRequestHandler):
             "null": b"null",
             "cut": b'{"choices"',
         }
-        if trouble == "empty":
-            good["choices"][0]["message"]["content"] = "  "
+        if trouble in ("empty", "no text"):
+            good["choices"][0]["message"]["content"] = "  " if trouble == "empty" else None
         data = answers.get(trouble) or json.dumps(good if status == 200 else {"error": {"message": "not now"}}).encode()
         self.send_response(status)
         if trouble == "429":
@@ -114,6 +120,7 @@ def test_every_kind_of_trouble_is_survived_and_answers_are_kept(server, clips, t
     output = Options(str(tmp_path / "out"), quiet=True)
     made = pipeline.run([plan], clips, output)
     assert made["text"].to_pylist() == ["a clip with 3 frames"] * len(TROUBLES)
+    assert set(made["caption_finish"].to_pylist()) == {"stop"}
     assert sorted(server.met.values()) == sorted(TROUBLES), "each trouble was met"
     assert len(server.requests) == 2 * len(TROUBLES) - 1
     asked = server.requests[0]
@@ -135,7 +142,7 @@ def test_every_kind_of_trouble_is_survived_and_answers_are_kept(server, clips, t
 
 def test_what_never_works_is_an_error_of_the_row_or_of_the_user(server, clips, tmp_path):
     server.forever = "500"
-    with pytest.raises(UserError, match=r"9 of 9 rows failed.*no good answer in 2 tries; the last.*500"):
+    with pytest.raises(UserError, match=r"10 of 10 rows failed.*no good answer in 2 tries; the last.*500"):
         pipeline.run([captioner(server, retries=1)], clips, Options(str(tmp_path / "a"), quiet=True))
     assert len(server.requests) == 2 * len(TROUBLES)
     server.forever = "400"  # our request is wrong: another try would not better it
@@ -173,7 +180,7 @@ def test_failed_rows_are_tried_again_when_asked(server, clips, tmp_path):
     with pytest.raises(UserError):
         pipeline.run(plan, clips, Options(str(tmp_path), quiet=True))
     made = pipeline.run(plan, clips, Options(str(tmp_path), quiet=True, retry_errors=True))
-    assert collections.Counter(made["text"].to_pylist()) == {"a clip with 4 frames": 9}
+    assert collections.Counter(made["text"].to_pylist()) == {"a clip with 4 frames": len(TROUBLES)}
     assert not (tmp_path / "rejected" / "00_caption.parquet").exists()
 
 
@@ -191,7 +198,13 @@ def test_requests_keep_the_pace(server, clips, tmp_path):
     server.troubles = []
     pipeline.run([captioner(server, requests_per_minute=1200)], clips, Options(str(tmp_path), quiet=True))
     times = sorted(request["time"] for request in server.requests)
-    assert times[-1] - times[0] >= 0.9 * 8 * 60 / 1200
+    assert times[-1] - times[0] >= 0.9 * (len(TROUBLES) - 1) * 60 / 1200
+
+
+def test_how_long_a_server_asks_to_wait():
+    assert retry_after(None) is None and retry_after("soon") is None
+    assert retry_after("2.5") == 2.5 and retry_after("-3") == 0 and retry_after("9999") == 300
+    assert 50 < retry_after(email.utils.formatdate(time.time() + 60, usegmt=True)) <= 60
 
 
 def test_wrong_flags_are_told_before_anything_starts(clips, tmp_path, monkeypatch):

@@ -45,6 +45,14 @@ def test_every_stage_says_what_it_reads_and_writes():
     assert {"probe", "scene_cut", "flow", "ocr", "dedup", "caption", "filter", "pack"} <= set(names())
 
 
+def test_help_explains_the_options(capsys):
+    with pytest.raises(SystemExit):
+        entry.stage(find("caption"), ["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--side SIDE longer side of the frames that are sent (int, default 512)" in said
+    assert "--model MODEL str, required" in said and "--input INPUT a folder of videos" in said
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

@@ -155,7 +155,19 @@ def test_analysis_counts_right(rows, tmp_path, monkeypatch, capsys):
         assert facts["aes"][f"p{q}"] == pytest.approx(np.percentile(aes, q), abs=0.02)
     page = (tmp_path / "r" / "report.html").read_text()
     assert "1000 rows" in page and all((tmp_path / "r" / f"{name}.png").stat().st_size > 1000 for name in facts)
-    assert "flow rows 1000, missing 0" in capsys.readouterr().out
+    said = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert said["column"][1:4] == ["missing", "min", "p5"] and len(said) == len(facts) + 1
+    assert said["aes"][1:3] == [str(rows["aes"].null_count), f"{aes.min():.4g}"]
+
+
+def test_a_column_of_one_value_and_one_of_words(tmp_path):
+    table = pa.table({"fps": [24.0] * 5, "cmotion": ["static", "pan left", "static", "static", None]})
+    facts = analyze.report(
+        analyze.summarise(lambda columns: [table.select(columns)], ["fps", "cmotion"]), str(tmp_path), "x"
+    )
+    assert facts["fps"]["min"] == facts["fps"]["p50"] == facts["fps"]["max"] == 24
+    head, fps, words = analyze.overview(facts)
+    assert fps[head.index("p95")] == "24" and words[-1] == "static 3, pan left 1" and words[1] == "1"
 
 
 def test_conditions_are_parted_outside_brackets_and_quotes():
