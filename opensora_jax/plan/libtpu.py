@@ -1,7 +1,8 @@
 """libtpu as a compiler on a machine without TPUs: its environment, its lock, its litter.
 
 `prepare` must come before jax is imported: libtpu reads the environment when it loads. It then takes no lock (several
-plans may run at once), asks no metadata server, and writes its logs into a folder that goes away with the process.
+plans may run at once), asks no metadata server, compiles with the flags of a run (parallel/overlap.py), and writes its
+logs into a folder that goes away with the process.
 """
 
 import atexit
@@ -11,6 +12,7 @@ import shutil
 import tempfile
 
 from opensora_jax.common.errors import UserError
+from opensora_jax.parallel import overlap
 
 QUIET = {
     "JAX_PLATFORMS": "cpu",
@@ -34,8 +36,7 @@ def prepare(extra_arguments: str = "") -> None:
             "planning for a TPU needs its compiler: pip install 'opensora-jax[aot]' (libtpu; no TPU needed)"
         )
     os.environ.update(QUIET)
-    if extra_arguments:
-        os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {extra_arguments}".strip()
+    os.environ["LIBTPU_INIT_ARGS"] = f"{overlap.with_flags(os.environ, overlap.TPU)} {extra_arguments}".strip()
     if "TPU_LOG_DIR" not in os.environ:
         os.environ["TPU_LOG_DIR"] = temporary("libtpu-logs-")
 

@@ -121,9 +121,9 @@ def test_a_run_compiles_no_more_often_than_it_has_buckets(run_flags, tmp_path, m
         jax.monitoring.unregister_event_duration_listener(count)
     shapes = [shape for shape, _ in steps]
     assert len(shapes) == 8 and len(set(shapes)) == 2
-    assert sum(name == "jit_step" for name in compiled) == 2
+    assert sum(name == "jit(step)" for name in compiled) == 2
     for i, (shape, names) in enumerate(steps):
-        assert names == ([] if shape in shapes[:i] else ["jit_step"]), f"step {i + 1} of {shape}"
+        assert names == ([] if shape in shapes[:i] else ["jit(step)"]), f"step {i + 1} of {shape}"
 
 
 def test_the_run_says_what_it_did(unbroken):
