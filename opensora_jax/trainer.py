@@ -20,6 +20,7 @@ from opensora_jax.diffusion.conditions import GivenFrames, TrainingConditions
 from opensora_jax.generator import CLIP_TOKENS
 from opensora_jax.parallel.shard import Layout, place_batch, rows_of_process, shardings
 from opensora_jax.pipeline import Assembly, Pipeline, load_params, objective_of, read_json
+from opensora_jax.plan.work import forward_flops
 from opensora_jax.training import optimizer
 from opensora_jax.training.checkpoint import Checkpoints
 from opensora_jax.training.run import RunConfig
@@ -165,12 +166,13 @@ class Trainer:
         patch = (patch, patch) if isinstance(patch, int) else patch  # of space, where time is left whole
         patch = (1,) * (3 - len(patch)) + tuple(patch)
         tokens = count * math.prod(math.ceil(s / p) for s, p in zip(size, patch))
+        if jax.default_backend() == "cpu":  # whose peak nobody asks for
+            return {"tokens": tokens, "flops": 0.0}
         return {"tokens": tokens, "flops": 3 * self.forward_flops(LatentShape(count, *size, self.cfg.text.max_length))}
 
     def forward_flops(self, shape: LatentShape) -> float:
-        """By the model's own formula where it has one (benchmarks/ checks it against counted matmuls)."""
-        formula = getattr(self.system.denoiser.module, "forward_flops", None)
-        return formula(self.system.denoiser.config, shape) if formula else 0.0
+        """Every matmul of one forward pass, recomputation and padding not counted."""
+        return shape.batch * forward_flops(self.system.denoiser, replace(shape, batch=1))
 
     # ---- step -----------------------------------------------------------------------------------------------------
 

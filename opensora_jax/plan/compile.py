@@ -1,10 +1,9 @@
 """Compiling a run's step from shapes alone: what `--config.dry_run` and `plan` share."""
 
 import contextlib
-import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,13 +13,11 @@ from jax.sharding import Mesh
 
 from opensora_jax.common.errors import UserError
 from opensora_jax.common.shapes import LatentShape
-from opensora_jax.config import Part
 from opensora_jax.generator import Generator
 from opensora_jax.kernels import spec
 from opensora_jax.parallel import shard
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.pipeline import assemble
-from opensora_jax.plan import work
 from opensora_jax.sampling.guidance import Guidance
 from opensora_jax.trainer import Trainer, abstract_batch
 from opensora_jax.training import optimizer
@@ -91,30 +88,14 @@ class Program:
 
     @property
     def model_flops(self) -> float:
-        """Of one step over the global batch, recomputation not counted: by the network's formula, else counted in a
-        trace of one forward pass with plain attention. Training of a VAE has no formula."""
+        """Of one step over the global batch, recomputation not counted. Training of a VAE is not counted."""
         if self.trainer.assembly.trained != "denoiser":
             return 0.0
-        return self.forwards * (self.trainer.forward_flops(self.shape) or self.counted_forward())
-
-    def counted_forward(self) -> float:
-        return self.shape.batch * forward_flops(self.trainer.system.denoiser, replace(self.shape, batch=1))
+        return self.forwards * self.trainer.forward_flops(self.shape)
 
     def lower(self):
         with scope(self.layout, self.target):
             return self.traced.lower(lowering_platforms=("tpu",)) if self.target else self.traced.lower()
-
-
-@functools.lru_cache(maxsize=8)
-def forward_flops(denoiser: Part, shape: LatentShape) -> float:
-    """Matmul FLOPs of one forward pass, counted in its trace; the same for every mesh."""
-    given = dict(denoiser.module.inputs(denoiser.config, shape))
-    x, t = given.pop("x"), given.pop("t")
-    network = denoiser.network()
-    with spec.target("cpu"):
-        return work.count(
-            jax.make_jaxpr(lambda p, x, t, given: network(p, x, t, **given))(network.abstract, x, t, given)
-        ).flops
 
 
 @contextlib.contextmanager
