@@ -108,14 +108,18 @@ class Trainer:
             raise UserError("config.conditions.kinds needs pixels: latents of a clip have seen later frames")
         if latents and any(name.endswith("_noisy") for name in self.cfg.data.mask_types or ()):
             raise UserError("noisy kinds of data.mask_types need pixels: noise is added to the frames before encoding")
-        needed = ("vae", "text_encoder") if self._reads_text else ("vae",)
-        absent = [n for n in needed if n not in self.system.parts]
+        absent = [name for name in self.encoders if name not in self.system.parts]
         if not latents and absent:
             raise UserError(
                 f"the data holds pixels and captions, but the run has no {' and no '.join(absent)}: name config.pipeline, "
                 "or train on latents written by python -m opensora_jax.encode"
             )
         return not latents or bool(self.cfg.log.sample_every_steps)
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """What a denoiser needs beside itself to train on pixels and captions."""
+        return ("vae", "text_encoder") if self._reads_text else ("vae",)
 
     @cached_property
     def _reads_text(self) -> bool:
@@ -323,5 +327,7 @@ def abstract_batch(trainer: Trainer, rows: int, frames: int, height: int, width:
             arrays[of_batch] = (given[name].shape, given[name].dtype)
         elif name == "y" and name in given:
             arrays["text_tokens"] = ((rows, length), jnp.int32)
+        elif name == "y_vec" and name in given:
+            arrays["text_tokens_2"] = ((rows, CLIP_TOKENS), jnp.int32)
     where = lambda shape: trainer.layout.sharding(("batch", *[None] * (len(shape) - 1)), shape)
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where(shape)) for name, (shape, dtype) in arrays.items()}

@@ -79,11 +79,13 @@ class Program:
     shape: LatentShape  # of the global batch
     target: str | None = None
     forwards: int = 3  # a training step costs three forward passes
+    frozen: Any = None  # parameters of the encoders that the step runs
 
     @property
     def state_bytes(self) -> int:
         """On one device, exactly: every leaf's own shard, but for what the host keeps."""
-        leaves = [leaf for leaf in jax.tree.leaves(self.held) if leaf.sharding.memory_kind != shard.HOST]
+        held = jax.tree.leaves((self.held, self.frozen))
+        leaves = [leaf for leaf in held if leaf.sharding.memory_kind != shard.HOST]
         return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
     @property
@@ -104,9 +106,12 @@ def scope(layout: shard.Layout, target: str | None):
         yield
 
 
-def trace(cfg: RunConfig, layout: shard.Layout, workload: Workload, target: str | None = None) -> Program:
-    """The training step on latents and text features of the data set, as in a run on encoded shards. `target`: choose
-    kernels for this chip. Only the trace sees the mesh: described devices cannot run anything eagerly."""
+def trace(
+    cfg: RunConfig, layout: shard.Layout, workload: Workload, target: str | None = None, clips: bool = False
+) -> Program:
+    """The training step on latents and text features, as in a run on encoded shards, or on clips and captions, which it
+    encodes first. `target`: choose kernels for this chip. Only the trace sees the mesh: described devices cannot run
+    anything eagerly."""
     assembly = assemble(cfg, weightless=True)
     trainer = Trainer(cfg, assembly, layout)
     network = trainer.trained_network()
@@ -118,13 +123,14 @@ def trace(cfg: RunConfig, layout: shard.Layout, workload: Workload, target: str 
     tx = optimizer.make(cfg.optimizer, cfg.steps, mask)
     state = abstract_state(network, tx, layout, offload=cfg.optimizer.offload)
     rows = workload.clips * trainer.data_shards * cfg.data.batch_scale
-    latents = assembly.trained == "denoiser"
+    latents = assembly.trained == "denoiser" and not clips
     batch = abstract_batch(trainer, rows, workload.frames, workload.height, workload.width, latents)
+    frozen = frozen_params(trainer) if clips else {}
     with scope(layout, target):
-        traced = trainer.compile_step(tx, state).trace(state, batch, {})
+        traced = trainer.compile_step(tx, state).trace(state, batch, frozen)
     size = trainer.system.latent_size(workload.frames, workload.height, workload.width)
     shape = LatentShape(rows, *size, cfg.text.max_length)
-    return Program(trainer, layout, workload, state, traced, shape, target)
+    return Program(trainer, layout, workload, state, traced, shape, target, frozen=frozen)
 
 
 def placed(leaf, names, layout: shard.Layout) -> jax.ShapeDtypeStruct:
@@ -134,6 +140,16 @@ def placed(leaf, names, layout: shard.Layout) -> jax.ShapeDtypeStruct:
 def network_params(network, layout: shard.Layout):
     """Shapes of a network's parameters, cut over the mesh."""
     return jax.tree.map(lambda leaf, names: placed(leaf, names, layout), network.abstract, network.axes)
+
+
+def frozen_params(trainer: Trainer) -> dict:
+    """Of every part that is not trained, as a run on clips holds them."""
+    assembly = trainer.assembly
+    absent = [name for name in trainer.encoders if name not in assembly.system.parts]
+    if absent:
+        raise UserError(f"plan: --data=clips needs config.{' and config.'.join(absent)}, which encode them")
+    parts = assembly.system.networks.items()
+    return {name: network_params(network, trainer.layout) for name, network in parts if name != assembly.trained}
 
 
 def trace_sample(cfg: RunConfig, layout: shard.Layout, workload: Workload, target: str | None = None) -> Program:

@@ -22,6 +22,11 @@ QUIET = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
+# Collectives stay off the sparse cores, which is tpu7x's default: jax 0.10.2 cannot read such a program back.
+READABLE = " ".join(
+    f"--xla_tpu_enable_sparse_core_collective_offload_{kind}=false"
+    for kind in ("all_gather", "reduce_scatter", "all_reduce", "dense_all_to_all")
+)
 
 
 def dump_to(folder) -> str:
@@ -36,7 +41,8 @@ def prepare(extra_arguments: str = "") -> None:
             "planning for a TPU needs its compiler: pip install 'opensora-jax[aot]' (libtpu; no TPU needed)"
         )
     os.environ.update(QUIET)
-    os.environ["LIBTPU_INIT_ARGS"] = f"{overlap.with_flags(os.environ, overlap.TPU)} {extra_arguments}".strip()
+    flags = (overlap.with_flags(os.environ, overlap.TPU), READABLE, extra_arguments)
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join(filter(None, flags))
     if "TPU_LOG_DIR" not in os.environ:
         os.environ["TPU_LOG_DIR"] = temporary("libtpu-logs-")
 
