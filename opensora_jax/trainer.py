@@ -20,6 +20,7 @@ from opensora_jax.diffusion.conditions import GivenFrames, TrainingConditions
 from opensora_jax.generator import CLIP_TOKENS
 from opensora_jax.parallel.shard import Layout, place_batch, rows_of_process, shardings
 from opensora_jax.pipeline import Assembly, Pipeline, load_params, objective_of, read_json
+from opensora_jax.plan.work import forward_flops
 from opensora_jax.training import optimizer
 from opensora_jax.training.checkpoint import Checkpoints
 from opensora_jax.training.run import RunConfig
@@ -107,14 +108,18 @@ class Trainer:
             raise UserError("config.conditions.kinds needs pixels: latents of a clip have seen later frames")
         if latents and any(name.endswith("_noisy") for name in self.cfg.data.mask_types or ()):
             raise UserError("noisy kinds of data.mask_types need pixels: noise is added to the frames before encoding")
-        needed = ("vae", "text_encoder") if self._reads_text else ("vae",)
-        absent = [n for n in needed if n not in self.system.parts]
+        absent = [name for name in self.encoders if name not in self.system.parts]
         if not latents and absent:
             raise UserError(
                 f"the data holds pixels and captions, but the run has no {' and no '.join(absent)}: name config.pipeline, "
                 "or train on latents written by python -m opensora_jax.encode"
             )
         return not latents or bool(self.cfg.log.sample_every_steps)
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """What a denoiser needs beside itself to train on pixels and captions."""
+        return ("vae", "text_encoder") if self._reads_text else ("vae",)
 
     @cached_property
     def _reads_text(self) -> bool:
@@ -165,12 +170,13 @@ class Trainer:
         patch = (patch, patch) if isinstance(patch, int) else patch  # of space, where time is left whole
         patch = (1,) * (3 - len(patch)) + tuple(patch)
         tokens = count * math.prod(math.ceil(s / p) for s, p in zip(size, patch))
+        if jax.default_backend() == "cpu":  # whose peak nobody asks for
+            return {"tokens": tokens, "flops": 0.0}
         return {"tokens": tokens, "flops": 3 * self.forward_flops(LatentShape(count, *size, self.cfg.text.max_length))}
 
     def forward_flops(self, shape: LatentShape) -> float:
-        """By the model's own formula where it has one (benchmarks/ checks it against counted matmuls)."""
-        formula = getattr(self.system.denoiser.module, "forward_flops", None)
-        return formula(self.system.denoiser.config, shape) if formula else 0.0
+        """Every matmul of one forward pass, recomputation and padding not counted."""
+        return shape.batch * forward_flops(self.system.denoiser, replace(shape, batch=1))
 
     # ---- step -----------------------------------------------------------------------------------------------------
 
@@ -322,5 +328,7 @@ def abstract_batch(trainer: Trainer, rows: int, frames: int, height: int, width:
             arrays[of_batch] = (given[name].shape, given[name].dtype)
         elif name == "y" and name in given:
             arrays["text_tokens"] = ((rows, length), jnp.int32)
+        elif name == "y_vec" and name in given:
+            arrays["text_tokens_2"] = ((rows, CLIP_TOKENS), jnp.int32)
     where = lambda shape: trainer.layout.sharding(("batch", *[None] * (len(shape) - 1)), shape)
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where(shape)) for name, (shape, dtype) in arrays.items()}

@@ -78,19 +78,6 @@ def inputs(cfg: Config, shape: LatentShape) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def forward_flops(cfg: Config, shape: LatentShape) -> float:
-    """Matmul FLOPs of one forward pass (multiply-add = 2): L (56 C² N + 8 C² X) + 4 L N C (S + T + 2X), with mlp_ratio 4."""
-    frames, rows, columns = (
-        math.ceil(n / p) for n, p in zip((shape.frames, shape.height, shape.width), cfg.patch_size)
-    )
-    space, text, width = rows * columns, shape.text_tokens, cfg.hidden_size
-    tokens = frames * space
-    per_token = 2 * (12 + 4 * cfg.mlp_ratio) * width**2  # two blocks of qkv, proj, q, proj and the MLP
-    linear = per_token * tokens + 8 * width**2 * text
-    attention = 4 * tokens * width * (space + frames + 2 * text)
-    return shape.batch * cfg.depth * (linear + attention)
-
-
 def block(cfg: Config, mode: str, rngs: nnx.Rngs) -> TextBlock:
     kwargs = dict(dtype=cfg.dtype, param_dtype=cfg.param_dtype, rngs=rngs)
     width, heads = cfg.hidden_size, cfg.num_heads

@@ -8,6 +8,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from opensora_jax.common.errors import UserError
+from opensora_jax.parallel import torus
 
 
 @dataclass(frozen=True)
@@ -49,22 +50,31 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(config, len(devices))
     kinds = (AxisType.Auto,) * len(sizes)
-    if "slice" in sizes:
-        return Mesh(_joined(sizes, devices), tuple(sizes), axis_types=kinds)
-    # An axis may take a part of a side of the torus, as context=8 on a 4x4x4.
-    placed = mesh_utils.create_device_mesh(tuple(sizes.values()), list(devices), allow_split_physical_axes=True)
+    placed = _joined(sizes, devices) if "slice" in sizes else _placed(sizes, devices)
     return Mesh(placed, tuple(sizes), axis_types=kinds)
+
+
+def _placed(sizes: dict[str, int], devices) -> np.ndarray:
+    found = torus.placed(sizes, devices)
+    if found is None:  # GPUs and CPUs as they are numbered; a torus of other sides as JAX lays it out
+        shape = tuple(sizes.values())
+        found = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
+    return found
 
 
 def _joined(sizes: dict[str, int], devices) -> np.ndarray:
     """Devices of each pod together, so that only the leading axis crosses the data-centre network."""
-    pods = len({getattr(device, "slice_index", 0) for device in devices})
-    if pods == 1:  # GPUs and CPUs know no pods: consecutive devices, which are those of consecutive machines
+    pods: dict[int, list] = {}
+    for device in devices:
+        pods.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    if len(pods) == 1:  # GPUs and CPUs know no pods: consecutive devices, which are those of consecutive machines
         return np.asarray(devices).reshape(tuple(sizes.values()))
-    if pods != sizes["slice"]:
-        raise UserError(f"mesh: slice={sizes['slice']}, but {pods} pods are here; set config.mesh.slice={pods}")
-    inner = tuple(size for axis, size in sizes.items() if axis != "slice")
-    return mesh_utils.create_hybrid_device_mesh((1, *inner), (sizes["slice"], *[1] * len(inner)), devices)
+    if len(pods) != sizes["slice"]:
+        raise UserError(
+            f"mesh: slice={sizes['slice']}, but {len(pods)} pods are here; set config.mesh.slice={len(pods)}"
+        )
+    inner = {axis: size for axis, size in sizes.items() if axis != "slice"}
+    return np.stack([_placed(inner, pods[index]) for index in sorted(pods)])
 
 
 def _describe(sizes) -> str:

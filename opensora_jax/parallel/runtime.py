@@ -1,51 +1,26 @@
 """Starting JAX on one machine or many, and the few things that all processes must agree on.
 
 `start()` reads the environment, in this order: COORDINATOR_ADDRESS, NUM_PROCESSES, PROCESS_ID (any launcher, and the
-JobSet of launch/); TPU pods; Open MPI; SLURM. Before that it asks the compilers to overlap communication with compute.
-docs/sharding.md, section Launch, has both tables.
+JobSet of launch/); TPU pods; Open MPI; SLURM. Before that it asks the compilers to overlap communication with compute
+(overlap.py). docs/sharding.md, section Launch, has both tables.
 """
 
 import atexit
-import importlib
 import os
-import pkgutil
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 
 from opensora_jax.common.errors import UserError, at_failure
+from opensora_jax.parallel import overlap
 from opensora_jax.parallel.lifeline import Lifeline
 from opensora_jax.parallel.rendezvous import roll_call
 
 EXPLICIT = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
 TIMEOUT_SECONDS = 300
-
-# What lets collectives run beside computation, beyond the compilers' defaults: package that is there → variable, flags.
-OVERLAP = {
-    "libtpu": (
-        "LIBTPU_INIT_ARGS",
-        (
-            "--xla_tpu_enable_latency_hiding_scheduler=true",
-            "--xla_enable_async_all_gather=true",
-            "--xla_tpu_enable_async_collective_fusion=true",
-            "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
-            "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
-            "--xla_tpu_overlap_compute_collective_tc=true",
-        ),
-    ),
-    "jax_plugins.xla_cuda": (
-        "XLA_FLAGS",
-        (
-            "--xla_gpu_enable_latency_hiding_scheduler=true",
-            "--xla_gpu_enable_pipelined_all_gather=true",
-            "--xla_gpu_enable_pipelined_reduce_scatter=true",
-            "--xla_gpu_enable_while_loop_double_buffering=true",
-        ),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -100,33 +75,9 @@ def first_host(nodes: str) -> str:
     return match[1] + (match[2] or "")
 
 
-def overlap(env: Mapping[str, str], installed: Callable[[str], bool]) -> dict[str, str]:
-    """What to add to the environment before JAX starts; a flag that the user set, either way, stays as it is."""
-    added = {}
-    if (env.get("JAX_PLATFORMS") or "").startswith("cpu"):
-        return added
-    for package, (variable, flags) in OVERLAP.items():
-        given = env.get(variable, "").split()
-        named = {flag.partition("=")[0] for flag in given}
-        missing = [flag for flag in flags if flag.partition("=")[0] not in named]
-        if missing and installed(package):
-            added[variable] = " ".join([*given, *missing])
-    return added
-
-
-def _installed(package: str) -> bool:
-    """jax_plugins.xla_cuda stands for jax_plugins.xla_cuda12, xla_cuda13, ..."""
-    parent, _, name = package.rpartition(".")
-    try:
-        where = importlib.import_module(parent).__path__ if parent else None
-    except ImportError:
-        return False
-    return any(found.name.startswith(name) for found in pkgutil.iter_modules(where))
-
-
 def start() -> None:
     """Joins the other processes where the environment says that there are some; alone it only sets flags."""
-    os.environ.update(overlap(os.environ, _installed))
+    os.environ.update(overlap.added(os.environ))
     if jax.distributed.is_initialized():
         return
     found = peers(os.environ)

@@ -77,6 +77,16 @@ def use(where: Layout):
         _current.reset(token)
 
 
+@contextmanager
+def nowhere():
+    """As if there were no mesh: what is traced here is the arithmetic of one device that does it all."""
+    token = _current.set(None)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
 def shardings(abstract, axes, where: Layout | None = None):
     """A tree of NamedShardings for a tree of abstract arrays and their logical axes."""
     where = where or current()

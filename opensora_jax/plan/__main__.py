@@ -24,6 +24,9 @@ def arguments(argv=None):
         "--mesh", metavar="AXIS=N,...", help="instead of the config's: data=2,fsdp=4,context=8,rules=full"
     )
     parser.add_argument("--task", choices=("train", "sample"), default="train", help="which step (train)")
+    parser.add_argument(
+        "--data", choices=("latents", "clips"), default="latents", help="clips: the step runs VAE and text encoder too"
+    )
     parser.add_argument("--search", action="store_true", help="rank meshes, remat policies and micro-batches")
     parser.add_argument(
         "--compile", type=int, default=2, metavar="N", help="with --search: the N best (2); 0: nothing, all by formula"
@@ -65,12 +68,17 @@ def main(argv=None) -> int:
     from opensora_jax.training.run import RunConfig
 
     cfg = config.build(RunConfig, tree, "config")
+    task = args.task
+    if args.data == "clips":
+        if task != "train":
+            raise UserError("--data=clips is for --task=train; sampling starts from noise")
+        task = "train on clips"
     if args.search:
-        plans = search(cfg, topology, args.task, target.describe(topology), max(0, args.compile))
+        plans = search(cfg, topology, task, target.describe(topology), max(0, args.compile))
     elif topology.chip.is_tpu and args.compile > 0:
-        plans = [target.compiled(cfg, topology, args.task, args.hlo, folder)]
+        plans = [target.compiled(cfg, topology, task, args.hlo, folder)]
     else:
-        plans = [Traced.of(target.traced(cfg, topology, args.task)).plan(cfg, topology)]
+        plans = [Traced.of(target.traced(cfg, topology, task)).plan(cfg, topology)]
     if args.json:
         print(report.as_json(plans))
     else:

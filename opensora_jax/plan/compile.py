@@ -1,10 +1,9 @@
 """Compiling a run's step from shapes alone: what `--config.dry_run` and `plan` share."""
 
 import contextlib
-import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,13 +13,11 @@ from jax.sharding import Mesh
 
 from opensora_jax.common.errors import UserError
 from opensora_jax.common.shapes import LatentShape
-from opensora_jax.config import Part
 from opensora_jax.generator import Generator
 from opensora_jax.kernels import spec
 from opensora_jax.parallel import shard
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.pipeline import assemble
-from opensora_jax.plan import work
 from opensora_jax.sampling.guidance import Guidance
 from opensora_jax.trainer import Trainer, abstract_batch
 from opensora_jax.training import optimizer
@@ -82,39 +79,25 @@ class Program:
     shape: LatentShape  # of the global batch
     target: str | None = None
     forwards: int = 3  # a training step costs three forward passes
+    frozen: Any = None  # parameters of the encoders that the step runs
 
     @property
     def state_bytes(self) -> int:
         """On one device, exactly: every leaf's own shard, but for what the host keeps."""
-        leaves = [leaf for leaf in jax.tree.leaves(self.held) if leaf.sharding.memory_kind != shard.HOST]
+        held = jax.tree.leaves((self.held, self.frozen))
+        leaves = [leaf for leaf in held if leaf.sharding.memory_kind != shard.HOST]
         return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
     @property
     def model_flops(self) -> float:
-        """Of one step over the global batch, recomputation not counted: by the network's formula, else counted in a
-        trace of one forward pass with plain attention. Training of a VAE has no formula."""
+        """Of one step over the global batch, recomputation not counted. Training of a VAE is not counted."""
         if self.trainer.assembly.trained != "denoiser":
             return 0.0
-        return self.forwards * (self.trainer.forward_flops(self.shape) or self.counted_forward())
-
-    def counted_forward(self) -> float:
-        return self.shape.batch * forward_flops(self.trainer.system.denoiser, replace(self.shape, batch=1))
+        return self.forwards * self.trainer.forward_flops(self.shape)
 
     def lower(self):
         with scope(self.layout, self.target):
             return self.traced.lower(lowering_platforms=("tpu",)) if self.target else self.traced.lower()
-
-
-@functools.lru_cache(maxsize=8)
-def forward_flops(denoiser: Part, shape: LatentShape) -> float:
-    """Matmul FLOPs of one forward pass, counted in its trace; the same for every mesh."""
-    given = dict(denoiser.module.inputs(denoiser.config, shape))
-    x, t = given.pop("x"), given.pop("t")
-    network = denoiser.network()
-    with spec.target("cpu"):
-        return work.count(
-            jax.make_jaxpr(lambda p, x, t, given: network(p, x, t, **given))(network.abstract, x, t, given)
-        ).flops
 
 
 @contextlib.contextmanager
@@ -123,9 +106,12 @@ def scope(layout: shard.Layout, target: str | None):
         yield
 
 
-def trace(cfg: RunConfig, layout: shard.Layout, workload: Workload, target: str | None = None) -> Program:
-    """The training step on latents and text features of the data set, as in a run on encoded shards. `target`: choose
-    kernels for this chip. Only the trace sees the mesh: described devices cannot run anything eagerly."""
+def trace(
+    cfg: RunConfig, layout: shard.Layout, workload: Workload, target: str | None = None, clips: bool = False
+) -> Program:
+    """The training step on latents and text features, as in a run on encoded shards, or on clips and captions, which it
+    encodes first. `target`: choose kernels for this chip. Only the trace sees the mesh: described devices cannot run
+    anything eagerly."""
     assembly = assemble(cfg, weightless=True)
     trainer = Trainer(cfg, assembly, layout)
     network = trainer.trained_network()
@@ -137,13 +123,14 @@ def trace(cfg: RunConfig, layout: shard.Layout, workload: Workload, target: str 
     tx = optimizer.make(cfg.optimizer, cfg.steps, mask)
     state = abstract_state(network, tx, layout, offload=cfg.optimizer.offload)
     rows = workload.clips * trainer.data_shards * cfg.data.batch_scale
-    latents = assembly.trained == "denoiser"
+    latents = assembly.trained == "denoiser" and not clips
     batch = abstract_batch(trainer, rows, workload.frames, workload.height, workload.width, latents)
+    frozen = frozen_params(trainer) if clips else {}
     with scope(layout, target):
-        traced = trainer.compile_step(tx, state).trace(state, batch, {})
+        traced = trainer.compile_step(tx, state).trace(state, batch, frozen)
     size = trainer.system.latent_size(workload.frames, workload.height, workload.width)
     shape = LatentShape(rows, *size, cfg.text.max_length)
-    return Program(trainer, layout, workload, state, traced, shape, target)
+    return Program(trainer, layout, workload, state, traced, shape, target, frozen=frozen)
 
 
 def placed(leaf, names, layout: shard.Layout) -> jax.ShapeDtypeStruct:
@@ -153,6 +140,16 @@ def placed(leaf, names, layout: shard.Layout) -> jax.ShapeDtypeStruct:
 def network_params(network, layout: shard.Layout):
     """Shapes of a network's parameters, cut over the mesh."""
     return jax.tree.map(lambda leaf, names: placed(leaf, names, layout), network.abstract, network.axes)
+
+
+def frozen_params(trainer: Trainer) -> dict:
+    """Of every part that is not trained, as a run on clips holds them."""
+    assembly = trainer.assembly
+    absent = [name for name in trainer.encoders if name not in assembly.system.parts]
+    if absent:
+        raise UserError(f"plan: --data=clips needs config.{' and config.'.join(absent)}, which encode them")
+    parts = assembly.system.networks.items()
+    return {name: network_params(network, trainer.layout) for name, network in parts if name != assembly.trained}
 
 
 def trace_sample(cfg: RunConfig, layout: shard.Layout, workload: Workload, target: str | None = None) -> Program:

@@ -15,7 +15,7 @@ from jax.extend.core import Literal
 from opensora_jax.parallel.shard import Layout
 from opensora_jax.plan import estimate, target, work
 from opensora_jax.plan.chips import Topology
-from opensora_jax.plan.compile import Program, network_params
+from opensora_jax.plan.compile import Program, frozen_params, network_params
 from opensora_jax.plan.hlo import Collective
 from opensora_jax.plan.links import Links
 from opensora_jax.trainer import Trainer
@@ -25,6 +25,7 @@ from opensora_jax.training.state import abstract_state
 
 EFFICIENCY = {"gpu": 0.45, "v4": 0.45, "v5e": 0.4, "v5p": 0.45, "v6e": 0.35, "tpu7x": 0.3}  # of peak, in fused code
 FUSED = 0.7  # of a layer's values at one moment, what the compiler leaves after fusion (STDiT on v5p:4x4x4: 0.68)
+ENCODERS = "what VAE and text encoder keep while they run is not counted: compile for a TPU topology to know"
 FULL_ATTENTION = ("dit", "mmdit", "pixart")  # every token sees every other: q, k, v and o change places
 
 
@@ -71,7 +72,7 @@ class Traced:
             kernels_from="the line above",
             collectives=found,
             collective_seconds=estimate.timed(found, links),
-            notes=("by formula: no program was compiled",),
+            notes=("by formula: no program was compiled", *(ENCODERS,) * bool(program.frozen)),
         )
 
 
@@ -85,7 +86,8 @@ def relaid(cfg: RunConfig, program: Program, layout: Layout) -> Program:
     else:
         held = network_params(network, layout)
     rows = program.workload.clips * trainer.data_shards * cfg.data.batch_scale
-    return replace(program, trainer=trainer, layout=layout, held=held, shape=replace(program.shape, batch=rows))
+    shape, frozen = replace(program.shape, batch=rows), frozen_params(trainer) if program.frozen else None
+    return replace(program, trainer=trainer, layout=layout, held=held, frozen=frozen, shape=shape)
 
 
 def gradients(program: Program) -> float:

@@ -1,7 +1,8 @@
 """libtpu as a compiler on a machine without TPUs: its environment, its lock, its litter.
 
 `prepare` must come before jax is imported: libtpu reads the environment when it loads. It then takes no lock (several
-plans may run at once), asks no metadata server, and writes its logs into a folder that goes away with the process.
+plans may run at once), asks no metadata server, compiles with the flags of a run (parallel/overlap.py), and writes its
+logs into a folder that goes away with the process.
 """
 
 import atexit
@@ -11,6 +12,7 @@ import shutil
 import tempfile
 
 from opensora_jax.common.errors import UserError
+from opensora_jax.parallel import overlap
 
 QUIET = {
     "JAX_PLATFORMS": "cpu",
@@ -20,6 +22,11 @@ QUIET = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
+# Collectives stay off the sparse cores, which is tpu7x's default: jax 0.10.2 cannot read such a program back.
+READABLE = " ".join(
+    f"--xla_tpu_enable_sparse_core_collective_offload_{kind}=false"
+    for kind in ("all_gather", "reduce_scatter", "all_reduce", "dense_all_to_all")
+)
 
 
 def dump_to(folder) -> str:
@@ -34,8 +41,8 @@ def prepare(extra_arguments: str = "") -> None:
             "planning for a TPU needs its compiler: pip install 'opensora-jax[aot]' (libtpu; no TPU needed)"
         )
     os.environ.update(QUIET)
-    if extra_arguments:
-        os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {extra_arguments}".strip()
+    flags = (overlap.with_flags(os.environ, overlap.TPU), READABLE, extra_arguments)
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join(filter(None, flags))
     if "TPU_LOG_DIR" not in os.environ:
         os.environ["TPU_LOG_DIR"] = temporary("libtpu-logs-")
 

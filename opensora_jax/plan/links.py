@@ -1,13 +1,14 @@
 """How long an exchange takes on a topology: bytes, link rates and how a group of devices lies on the links.
 
 A group of a TPU mesh spans a box of the torus. A side that is the whole torus closes into a ring and carries twice
-what a line does. GPUs of one machine speak over NVLink, those of several over a network card each. Start-up times are
+what a line does; groups that lie in each other's gaps share the links. GPUs of one machine speak over NVLink, those of several over a network card each. Start-up times are
 not counted. A model, not a measurement.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,11 +16,24 @@ from opensora_jax.plan.chips import Topology
 from opensora_jax.plan.hlo import Collective
 
 
+class Side(NamedTuple):
+    """Of the box that a group spans: its devices along it, does it close into a ring, groups that share the links."""
+
+    length: int
+    ring: bool
+    sharing: float = 1.0
+
+    @property
+    def ways(self) -> float:
+        """Links that one device sends over at once."""
+        return (2 if self.ring else 1) / self.sharing
+
+
 @dataclass(frozen=True)
 class Span:
-    """Where a group lies: sides of its box (length, closes into a ring); for GPUs machines and GPUs in each."""
+    """Where a group lies: the sides of its box; for GPUs machines and GPUs in each."""
 
-    sides: tuple[tuple[int, bool], ...] = ()
+    sides: tuple[Side, ...] = ()
     machines: int = 1
     local: int = 1
 
@@ -51,7 +65,9 @@ class Links:
         for found, whole in zip(places.T, self.topology.sides):
             length = len(set(found.tolist()))
             if length > 1:
-                sides.append((length, length == whole and whole % self.topology.chip.wraps_at == 0))
+                sharing = (found.max() - found.min()) / (length - 1)  # the distance of neighbours
+                ring = round(length * sharing) == whole and whole % self.topology.chip.wraps_at == 0
+                sides.append(Side(length, ring, sharing))
         return Span(tuple(sides))
 
     def seconds(self, collective: Collective) -> float:
@@ -68,9 +84,11 @@ class Links:
             return collective.moved / collective.count / self.topology.chip.bandwidth
         if collective.kind == "collective-permute":
             return whole / link
-        if "all-to-all" in collective.kind:  # each side at once; the busiest link of a ring carries a/8 of an operand
-            return max(whole * length / (8 if ring else 4) / link for length, ring in span.sides)
-        rate = sum((2 if ring else 1) * link for _, ring in span.sides)
+        if (
+            "all-to-all" in collective.kind
+        ):  # each side at once; of a ring of a devices the busiest link carries a/8 of an operand
+            return max(whole * side.length / (4 * side.ways) / link for side in span.sides)
+        rate = sum(side.ways * link for side in span.sides)
         share = (collective.size - 1) / collective.size
         return (2 if collective.kind == "all-reduce" else 1) * whole * share / rate
 

@@ -1,5 +1,6 @@
 """One step for one topology: traced, compiled by the TPU compiler, read, and turned into a Plan."""
 
+import functools
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from opensora_jax.training.run import RunConfig
 KERNEL_TARGETS = {"tpu7x": "v7x"}  # kernels/spec.py's name where it differs from the topology's
 LOWER_BOUND = "roofline of their matmuls and traffic, a lower bound"
 STAND_IN = "v5p"  # GPU plans are traced with our TPU kernels: like a GPU's, they never write scores to memory
-TRACES = {"train": trace, "sample": trace_sample}
+TRACES = {"train": trace, "train on clips": functools.partial(trace, clips=True), "sample": trace_sample}
 
 
 def describe(topology: Topology) -> list:
@@ -33,7 +34,7 @@ def describe(topology: Topology) -> list:
 
 
 def traced(cfg: RunConfig, topology: Topology, task: str, workload: Workload | None = None, devices=None) -> Program:
-    """devices: described ones, by default the topology's own."""
+    """task: a key of TRACES. devices: described ones, by default the topology's own."""
     if cfg.task != "diffusion":
         raise UserError(f"plan: task={cfg.task!r} is not planned; --config.dry_run=True says what such a step holds")
     devices = describe(topology) if devices is None else devices

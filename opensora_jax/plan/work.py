@@ -1,16 +1,24 @@
 """Arithmetic of a traced program, from its jaxpr: every matmul and convolution as often as it runs, kernels included.
 
     work = count(jitted.trace(*shapes).jaxpr)      # FLOPs of all devices; multiply-add = 2
+    flops = forward_flops(denoiser, shape)         # of one forward pass of a network, the same on every mesh
 
 A loop of the trace is counted by its length, a kernel by its grid, a per-device region by its devices; softmax, norms and
 other elementwise arithmetic are not counted, as everywhere in this project.
 """
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from opensora_jax.common.shapes import LatentShape
+from opensora_jax.config import Part
+from opensora_jax.kernels import spec
+from opensora_jax.parallel import shard
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,17 @@ class Work:
     flops: float = 0.0
     kernels: list[Kernel] = field(default_factory=list)
     unknown_loops: int = 0  # `while` loops without a known length, counted once
+
+
+@functools.lru_cache(maxsize=64)
+def forward_flops(denoiser: Part, shape: LatentShape) -> float:
+    """With plain attention; a second or two for a shape that was not asked for before."""
+    given = dict(denoiser.module.inputs(denoiser.config, shape))
+    x, t = given.pop("x"), given.pop("t")
+    network = denoiser.network()
+    run = lambda params, x, t, given: network(params, x, t, **given)
+    with spec.target("cpu"), shard.nowhere():
+        return count(jax.make_jaxpr(run)(network.abstract, x, t, given)).flops
 
 
 def count(jaxpr) -> Work:

@@ -66,7 +66,7 @@ class Reporter:
         seconds, spans = self.watch.collect()
         speed = {"steps_per_second": self.steps / seconds, "tokens_per_second": self.tokens / seconds}
         speed["data_wait_share"] = spans.get("data", 0.0) / seconds
-        if self.peak:
+        if self.peak and self.flops:
             speed["mfu"] = self.flops / seconds / self.peak
         self.steps = self.tokens = 0
         self.flops = 0.0

@@ -14,6 +14,7 @@ import pytest
 
 from opensora_jax import config, train
 from opensora_jax.common.errors import UserError
+from opensora_jax.trainer import Trainer
 from opensora_jax.training.metrics import read_jsonl
 
 REPO = Path(__file__).parents[2]
@@ -90,20 +91,39 @@ def test_sigterm_saves_and_the_rest_is_the_same(unbroken, tmp_path, run_flags, m
     same_state(tmp_path, unbroken, 9)
 
 
-def test_one_compilation_a_bucket(run_flags, tmp_path, monkeypatch):
-    """The data has two shapes; the step may compile for each of them, not more often."""
-    from opensora_jax import trainer
+def test_a_run_compiles_no_more_often_than_it_has_buckets(run_flags, tmp_path, monkeypatch):
+    """The data has two shapes. Every compilation of the process is counted, as JAX reports it: the step's are one a
+    shape, and a step whose shape was seen before compiles nothing at all."""
+    compiled, steps = [], []
 
-    compiled = []
-    compile_step = trainer.Trainer.compile_step
+    def count(event, seconds, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(about["fun_name"])
 
-    def remember(self, *args):
-        compiled.append(compile_step(self, *args))
-        return compiled[-1]
+    compile_step = Trainer.compile_step
 
-    monkeypatch.setattr(trainer.Trainer, "compile_step", remember)
-    assert train.main(run_flags(tmp_path, steps=6)) == 0
-    assert compiled[0]._cache_size() <= 2
+    def counted(self, tx, abstract):
+        step = compile_step(self, tx, abstract)
+
+        def run(state, batch, frozen):
+            before = len(compiled)
+            out = step(state, batch, frozen)
+            steps.append((batch["latents"].shape, compiled[before:]))
+            return out
+
+        return run
+
+    monkeypatch.setattr(Trainer, "compile_step", counted)
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        assert train.main(run_flags(tmp_path, steps=8)) == 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    shapes = [shape for shape, _ in steps]
+    assert len(shapes) == 8 and len(set(shapes)) == 2
+    assert sum(name == "jit(step)" for name in compiled) == 2
+    for i, (shape, names) in enumerate(steps):
+        assert names == ([] if shape in shapes[:i] else ["jit(step)"]), f"step {i + 1} of {shape}"
 
 
 def test_the_run_says_what_it_did(unbroken):

@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from opensora_jax.common.errors import UserError
+from opensora_jax.parallel import overlap
 from opensora_jax.parallel.rendezvous import roll_call
-from opensora_jax.parallel.runtime import Peers, first_host, overlap, peers
+from opensora_jax.parallel.runtime import Peers, first_host, peers
 
 SLURM = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_JOB_ID": "4099", "SLURM_LOCALID": "1"}
 OMPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
@@ -91,11 +92,11 @@ def test_without_process_0():
 
 def test_flags_for_overlap_leave_the_users_alone():
     own = {"XLA_FLAGS": "--xla_dump_to=d --xla_gpu_enable_pipelined_all_gather=false"}
-    found = overlap(own, lambda package: "cuda" in package)
+    found = overlap.added(own, lambda package: "cuda" in package)
     assert list(found) == ["XLA_FLAGS"]
     flags = found["XLA_FLAGS"].split()
     assert flags[:2] == own["XLA_FLAGS"].split() and "--xla_gpu_enable_latency_hiding_scheduler=true" in flags
     assert "--xla_gpu_enable_pipelined_all_gather=true" not in flags
-    assert "--xla_tpu_overlap_compute_collective_tc=true" in overlap({}, lambda _: True)["LIBTPU_INIT_ARGS"]
-    assert overlap(found, lambda package: "cuda" in package) == {}
-    assert overlap({"JAX_PLATFORMS": "cpu"}, lambda _: True) == {}
+    assert "--xla_tpu_overlap_compute_collective_tc=true" in overlap.added({}, lambda _: True)["LIBTPU_INIT_ARGS"]
+    assert overlap.added(found, lambda package: "cuda" in package) == {}
+    assert overlap.added({"JAX_PLATFORMS": "cpu"}, lambda _: True) == {}

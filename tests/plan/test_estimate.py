@@ -10,7 +10,7 @@ import pytest
 from opensora_jax.common.errors import UserError
 from opensora_jax.plan import chips, estimate, report
 from opensora_jax.plan.hlo import Collective
-from opensora_jax.plan.links import Links, Span
+from opensora_jax.plan.links import Links, Side, Span
 from opensora_jax.plan.work import Kernel
 
 V5P = chips.parse("v5p:4x4x4")
@@ -52,10 +52,19 @@ def test_a_wrong_topology_is_one_sentence(text):
 
 def test_a_side_of_the_whole_torus_is_a_ring():
     links = torus(V5P, {"data": 4, "fsdp": 4, "context": 4})
-    assert links.span(("context",)) == Span(((4, True),))
-    assert links.span(("data", "context")) == Span(((4, True), (4, True)))
+    assert links.span(("context",)) == Span((Side(4, True),))
+    assert links.span(("data", "context")) == Span((Side(4, True), Side(4, True)))
     half = torus(chips.parse("v6e:8x8"), {"data": 8, "context": 8})
-    assert half.span(("context",)) == Span(((8, False),))  # v6e closes at 16
+    assert half.span(("context",)) == Span((Side(8, False),))  # v6e closes at 16
+
+
+def test_groups_in_each_others_gaps_share_the_links():
+    """`data` skips every other chip of a side of the torus: its ring stays closed at half the speed."""
+    sides = torus(V5P, {"data": 2, "fsdp": 2, "context": 16})
+    apart, beside = sides.span(("data",)), sides.span(("fsdp",))
+    assert apart == Span((Side(2, True, 2.0),)) and beside == Span((Side(2, False, 1.0),))
+    exchange = Collective("all-to-all", ("data",), 2, "bf16", 8e6)
+    assert sides.seconds(exchange) == pytest.approx(8e6 * 2 / (4 * 90e9))
 
 
 def test_seconds_follow_the_ring_formulas():

@@ -2,10 +2,15 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
+from opensora_jax.common.shapes import LatentShape
+from opensora_jax.config import part
+from opensora_jax.parallel import shard
+from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.plan import work
 
 A = jax.ShapeDtypeStruct((8, 16), jnp.float32)
@@ -69,3 +74,21 @@ def test_regions_count_every_device():
     assert flops(inside, A, B) == 2 * 8 * 16 * 32
     whole = jax.shard_map(jnp.dot, mesh=mesh, in_specs=(P(), P()), out_specs=P(), check_vma=False)
     assert flops(whole, A, B) == 8 * 2 * 8 * 16 * 32  # everyone does all of it
+
+
+SPACE, FRAMES, TEXT = 1024, 16, 120  # patches of a frame of 512 x 512
+FORMULAS = {  # of width, depth and tokens, by hand: without embedders, modulation and the last layer
+    "stdit": (lambda c, n: 28 * (36 * c**2 * n + 4 * c**2 * TEXT + 4 * n * c * (SPACE + FRAMES + TEXT)), 1152),
+    "stdit3": (lambda c, n: 28 * (56 * c**2 * n + 8 * c**2 * TEXT + 4 * n * c * (SPACE + FRAMES + 2 * TEXT)), 1152),
+    "dit": (lambda c, n: 28 * (24 * c**2 * n + 4 * n * n * c), 1152),
+    "mmdit": (lambda c, n: 57 * (24 * c**2 * (n + TEXT) + 4 * (n + TEXT) ** 2 * c), 3072),
+}
+
+
+@pytest.mark.parametrize("family", FORMULAS)
+def test_forward_passes_of_whole_networks(family):
+    """Counted under a mesh, which must not matter."""
+    formula, width = FORMULAS[family]
+    with shard.use(shard.layout(make_mesh(MeshConfig(data=2, context=4)), "fsdp_context")):
+        counted = work.forward_flops(part("models", {"family": family}, "test"), LatentShape(1, FRAMES, 64, 64, TEXT))
+    assert counted == pytest.approx(formula(width, FRAMES * SPACE), rel=0.01)

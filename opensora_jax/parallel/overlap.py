@@ -1,0 +1,61 @@
+"""What runs ask XLA's compilers for, so that collectives run beside computation; plans compile with the same flags.
+
+Imports no jax: the compilers read these variables when they are loaded.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+
+TPU = "libtpu"
+
+# Beyond the compilers' defaults: package that is there → variable, flags. Not --xla_tpu_enable_async_collective_fusion:
+# all chips but v5e refuse to compile with it (libtpu 0.0.51, November 2026).
+FLAGS = {
+    TPU: (
+        "LIBTPU_INIT_ARGS",
+        (
+            "--xla_tpu_enable_latency_hiding_scheduler=true",
+            "--xla_enable_async_all_gather=true",
+            "--xla_tpu_overlap_compute_collective_tc=true",
+        ),
+    ),
+    "jax_plugins.xla_cuda": (
+        "XLA_FLAGS",
+        (
+            "--xla_gpu_enable_latency_hiding_scheduler=true",
+            "--xla_gpu_enable_pipelined_all_gather=true",
+            "--xla_gpu_enable_pipelined_reduce_scatter=true",
+            "--xla_gpu_enable_while_loop_double_buffering=true",
+        ),
+    ),
+}
+
+
+def installed(package: str) -> bool:
+    """jax_plugins.xla_cuda stands for jax_plugins.xla_cuda12, xla_cuda13, ..."""
+    parent, _, name = package.rpartition(".")
+    try:
+        where = importlib.import_module(parent).__path__ if parent else None
+    except ImportError:
+        return False
+    return any(found.name.startswith(name) for found in pkgutil.iter_modules(where))
+
+
+def added(env: Mapping[str, str], installed: Callable[[str], bool] = installed) -> dict[str, str]:
+    """What to add to a run's environment before JAX starts."""
+    if (env.get("JAX_PLATFORMS") or "").startswith("cpu"):
+        return {}
+    return {
+        variable: text
+        for package, (variable, _) in FLAGS.items()
+        if (text := with_flags(env, package)) != env.get(variable, "") and installed(package)
+    }
+
+
+def with_flags(env: Mapping[str, str], package: str) -> str:
+    """The variable's value with the flags; one that the user set, either way, stays as it is."""
+    variable, flags = FLAGS[package]
+    given = env.get(variable, "")
+    named = {flag.partition("=")[0] for flag in given.split()}
+    return " ".join([given, *(flag for flag in flags if flag.partition("=")[0] not in named)]).strip()
