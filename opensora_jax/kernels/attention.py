@@ -11,13 +11,19 @@ import functools
 import logging
 from types import ModuleType
 
-from opensora_jax.kernels import cudnn, pallas_gpu, pallas_tpu, spec, xla
+from opensora_jax.kernels import cudnn, mosaic_gpu, pallas_gpu, pallas_tpu, spec, xla
 from opensora_jax.kernels.sharded import over_mesh
 from opensora_jax.kernels.spec import Call, Unsupported
 
 log = logging.getLogger("opensora_jax.kernels")
 
-BACKENDS: dict[str, ModuleType] = {"xla": xla, "pallas_tpu": pallas_tpu, "cudnn": cudnn, "pallas_gpu": pallas_gpu}
+BACKENDS: dict[str, ModuleType] = {
+    "xla": xla,
+    "pallas_tpu": pallas_tpu,
+    "cudnn": cudnn,
+    "pallas_gpu": pallas_gpu,
+    "mosaic_gpu": mosaic_gpu,
+}
 PREFERENCE = {
     "tpu": ("pallas_tpu", "xla"),
     "cuda": ("cudnn", "xla"),
