@@ -23,9 +23,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from opensora_jax.kernels import spec
+from opensora_jax.kernels import gpu_blocks, spec
 from opensora_jax.kernels.pallas_gpu import LOG2E
 from opensora_jax.kernels.spec import Call, Unsupported
+from opensora_jax.kernels.visible import visible_first
 from opensora_jax.kernels.xla import HIDDEN
 
 GROUPS = 2  # warpgroups that compute
@@ -42,21 +43,20 @@ class Blocks(NamedTuple):
     stages: int
 
 
-BLOCKS = {"forward": Blocks(128, 2), "dq": Blocks(64, 2), "dkv": Blocks(64, 2)}
-
-
 class Options(NamedTuple):
     """The static part of a call."""
 
     heads: int
     head_dim: int
     scale: float
-    ragged: bool  # lengths were given
-    blocks: tuple[tuple[str, Blocks], ...]  # overrides of BLOCKS by pass, for tuning
+    keys: int
+    ragged: bool  # some of them are hidden
+    blocks: tuple[tuple[str, Blocks], ...]  # instead of the table's, by pass
     interpret: Any  # False, or the interpreter's parameters
 
     def block(self, stage: str) -> Blocks:
-        return dict(self.blocks).get(stage) or BLOCKS[stage]
+        chosen = dict(self.blocks).get(stage)
+        return chosen or Blocks(*gpu_blocks.find("mosaic_gpu", stage, self.head_dim, self.keys))
 
     @property
     def pieces(self) -> list[tuple[int, int, int]]:
@@ -77,7 +77,7 @@ def supports(call: Call) -> None:
         raise Unsupported(f"{call.heads} heads of {call.head_dim} are no whole tiles of 64 columns")
     if min(call.queries, call.keys) < HELD:
         raise Unsupported(f"fewer than {HELD} queries or keys do not fill a block")
-    call.refuse("bias", "kv_mask", "segment_ids", "causal")
+    call.refuse("bias", "segment_ids", "causal")
 
 
 def attention(
@@ -94,15 +94,17 @@ def attention(
     blocks=(),
     interpret=False,
 ):
-    """`blocks` overrides BLOCKS by pass: (("forward", Blocks(...)), ...)."""
+    """`blocks` instead of the table's, by pass: (("forward", Blocks(...)), ...)."""
     batch, queries, heads, head_dim = q_btnh.shape
     keys = k_bsnh.shape[1]
     scale = head_dim**-0.5 if scale is None else float(scale)
     if scale < 0:
         raise Unsupported("mosaic_gpu: a negative scale would turn the largest score into the smallest")
+    if kv_mask is not None:
+        k_bsnh, v_bsnh, kv_lengths = visible_first(k_bsnh, v_bsnh, kv_mask, kv_lengths)
     ragged = kv_lengths is not None or keys % ALIGNED != 0
     lengths = jnp.full((batch,), keys, jnp.int32) if kv_lengths is None else jnp.clip(kv_lengths, 0, keys)
-    options = Options(heads, head_dim, scale, ragged, tuple(blocks), interpret)
+    options = Options(heads, head_dim, scale, keys, ragged, tuple(blocks), interpret)
     q, k, v = (_flat(x) for x in (q_btnh, k_bsnh, v_bsnh))
     out = _flash(q, k, v, lengths.astype(jnp.int32), options)
     return out[:, :queries].reshape(q_btnh.shape)
