@@ -99,7 +99,10 @@ def _first_that_serves(call: Call, backends: tuple, order: tuple, chip: str) -> 
         except Unsupported as reason:
             refused.append(f"{name}: {reason}")
             continue
-        log.info("%s on %s: %s%s", call, chip, name, f" ({'; '.join(refused)})" if refused else "")
+        reasons = refused or [f"first choice on {spec.platform()}"]
+        if name == "xla" and xla.score_bytes(call) > xla.MAX_SCORE_BYTES:
+            reasons.append(f"queries in chunks, all scores would take {xla.score_bytes(call) >> 20} MiB")
+        log.info("%s on %s: %s (%s)", call, chip, name, "; ".join(reasons))
         return name
     raise Unsupported(f"no back end serves {call}: {'; '.join(refused)}")
 

@@ -146,8 +146,10 @@ def test_choice_is_logged_once_a_shape(caplog):
         attention(q, k, v)
         attention(q, k, v)
         attention(q[:, :5], k, v)
-    assert len(caplog.records) == 2
-    assert f"attention {B}x{T}x{S} h{N} d{H} float32 on cpu: xla" in caplog.text
+        jax.eval_shape(attention, *[jax.ShapeDtypeStruct((1, 16384, 2, 8), jnp.float32)] * 3)
+    assert len(caplog.records) == 3
+    assert f"attention {B}x{T}x{S} h{N} d{H} float32 on cpu: xla (first choice on cpu)" in caplog.text
+    assert "xla (first choice on cpu; queries in chunks, all scores would take 2048 MiB)" in caplog.text
 
 
 def test_unknown_back_end_and_bad_shapes_are_refused():
