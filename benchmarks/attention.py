@@ -1,17 +1,18 @@
 """Attention on this machine: every back end, ours and the libraries', on every real shape (tests/kernels/cases.py).
 
-    python -m benchmarks.attention --check --json a.json --markdown a.md     # GPU: measure, under 8 minutes
-    python -m benchmarks.attention --cases "v1.0 temporal" --tune             # block sizes too
-    python -m benchmarks.attention                                            # no accelerator: TPU estimate
+    python -m benchmarks.attention --check --tune --torch --prove --json a.json --markdown a.md   # GPU, under 8 minutes
+    python -m benchmarks.attention --prove                # TPU or GPU: is the automatic choice the fastest? (exit status)
+    python -m benchmarks.attention --tune --write         # put the fastest blocks into kernels/gpu_blocks.json
+    python -m benchmarks.attention                        # no accelerator: estimate for TPUs
 
 Each group of cases runs in a process of its own, so that a kernel that crashes or hangs costs its group only. Times are
 medians over several batches of asynchronous calls; TFLOP/s counts useful work (2 operations a multiply-add, padding and
 hidden keys not counted; backward 2.5 x forward); bandwidth counts q, k, v and output once. `--check` compares results
-and gradients with a float32 reference.
+and gradients with a float32 reference. `--prove` fails where another back end is more than 5% faster than the chosen one,
+forward or forward and backward.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -21,90 +22,20 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks.attention_runs import OURS, TUNED, alternatives, candidates, real_cases
+
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-PEAKS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100": (312e12, 2.0e12)}  # dense bf16 FLOP/s, bytes/s
+SLACK = 1.05  # times of the chosen back end that count as equal to the fastest
 GROUPS = ("temporal", "spatial", "cross", "joint")
-TUNED = ("v1.0 temporal T=16", "v1.0 temporal T=64", "v1.2 temporal T=30 480p", "DiT image 512px", "v2.0 joint 256px")
 TOLERANCE = {"forward": 1e-2, "backward": 2e-2}  # relative to the norm of the reference, bf16 against float32
-
-
-def real_cases() -> list:
-    """tests/kernels/cases.py by its path: another package called tests may be installed."""
-    path = Path(__file__).parents[1] / "tests" / "kernels" / "cases.py"
-    spec = importlib.util.spec_from_file_location("opensora_jax_attention_cases", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.CASES
 
 
 def group(case) -> str:
     if case.fused:
         return case.kind
     return "joint" if case.keys > 512 else "cross"
-
-
-def candidates(case, *, tune: bool):
-    """name → (function of the differentiated arrays, or None when it needs torch)."""
-    import functools
-
-    from opensora_jax.kernels import attention, pallas_gpu, stdit, stdit_gpu
-
-    arrays, extras = case.inputs()
-    public = stdit.stdit_attention if case.fused else attention.attention
-    out = {"auto": functools.partial(public, **extras)}
-    for name in ("xla", "cudnn", "pallas_gpu"):
-        out[name] = functools.partial(public, implementation=name, **extras)
-    if not case.fused and not case.ragged:
-        out |= stock(case)
-    if not tune:
-        return arrays, out
-    if case.fused and case.row <= stdit_gpu.MAX_ROW:
-        options = {"q_scale": None, "k_scale": None, "rope": None} | extras
-        for rows, warps in ((32, 2), (32, 4), (64, 2), (64, 8), (128, 4), (128, 8)):
-            if rows >= case.row:
-                run = functools.partial(stdit_gpu.stdit_attention, tile_rows=rows, warps=warps, **options)
-                out[f"tune rows={rows} warps={warps}"] = run
-    elif not case.fused:
-        blocks = pallas_gpu.Blocks
-        forward = [(128, 128, 8, 2), (128, 64, 8, 4), (128, 64, 4, 2), (64, 64, 4, 3), (128, 32, 4, 4), (64, 128, 4, 2)]
-        backward = [(64, 64, 4, 3), (64, 128, 8, 2), (128, 64, 8, 2), (32, 128, 4, 2), (128, 128, 8, 2), (32, 64, 4, 3)]
-        for first, second in zip(forward, backward):
-            stages = {"forward": blocks(*first), "dkv": blocks(*second), "dq": blocks(*(second[1::-1] + second[2:]))}
-            label = " ".join(f"{stage}={'/'.join(map(str, block))}" for stage, block in stages.items())
-            out[f"tune {label}"] = functools.partial(
-                pallas_gpu.attention, scale=case.head_dim**-0.5, blocks=tuple(stages.items()), **extras
-            )
-    return arrays, out
-
-
-def stock(case):
-    """Library kernels that take this shape as it is."""
-    from jax.experimental.pallas.ops.gpu import attention as triton_mha
-
-    out = {}
-    if case.queries % 128 == 0 and case.keys % 128 == 0 and not case.causal:
-        sizes = triton_mha.BlockSizes(128, 64, 64, 64, 64, 64)
-        out["stock pallas mha"] = lambda q, k, v: triton_mha.mha(
-            q, k, v, None, sm_scale=case.head_dim**-0.5, block_sizes=sizes
-        )
-    if case.head_dim % 64 == 0 and case.queries % 256 == 0 and not case.causal:
-        from jax.experimental.pallas.ops.gpu import attention_mgpu
-
-        config = attention_mgpu.TuningConfig(
-            128, 128, 2, block_q_dkv=64, block_kv_dkv=64, block_q_dq=64, block_kv_dq=64, compute_wgs_bwd=2
-        )
-        out["stock mosaic gpu"] = lambda q, k, v: attention_mgpu.attention(
-            q * jnp_scale(q, case.head_dim), k, v, config
-        )
-    return out
-
-
-def jnp_scale(q, head_dim):
-    import jax.numpy as jnp
-
-    return jnp.asarray(head_dim**-0.5, q.dtype)
 
 
 def timed(run, repeats: float = 0.12) -> float:
@@ -146,12 +77,11 @@ def gradients_of(run):
     return jax.jit(both)
 
 
-def measure(case, *, check: bool, tune: bool, deadline: float):
-    """One record per candidate."""
+def measure(case, arrays, runs, exact, deadline: float):
+    """One record per run. exact: what results are compared with, or None."""
     import jax
     import jax.numpy as jnp
 
-    arrays, runs = candidates(case, tune=tune and case.name in TUNED)
     shape = jax.eval_shape(next(iter(runs.values())), *arrays)
     cotangent = jax.random.normal(jax.random.key(7), shape.shape).astype(shape.dtype)
     programs = {name: (jax.jit(run), gradients_of(run)) for name, run in runs.items()}
@@ -166,10 +96,10 @@ def measure(case, *, check: bool, tune: bool, deadline: float):
     with ThreadPoolExecutor(min(12, os.cpu_count() or 1)) as pool:
         ready = dict(zip(programs, pool.map(compiled, programs)))
     reference = None
-    if check:
+    if exact:
         wide = tuple(x.astype(jnp.float32) for x in arrays)
         with jax.default_matmul_precision("highest"):
-            reference = gradients_of(_reference(case))(cotangent.astype(jnp.float32), *wide)
+            reference = gradients_of(exact)(cotangent.astype(jnp.float32), *wide)
     for name, programs_or_reason in ready.items():
         record = {"case": case.name, "candidate": name}
         if isinstance(programs_or_reason, str):
@@ -181,16 +111,6 @@ def measure(case, *, check: bool, tune: bool, deadline: float):
                 yield record | figures(case, programs_or_reason, arrays, cotangent, reference)
             except Exception as error:
                 yield record | {"refused": f"{type(error).__name__}: {str(error)[:200]}"}
-
-
-def _reference(case):
-    import functools
-
-    from opensora_jax.kernels import attention, stdit
-
-    _, extras = case.inputs()
-    public = stdit.stdit_attention if case.fused else attention.attention
-    return functools.partial(public, implementation="xla", **extras)
 
 
 def figures(case, programs, arrays, cotangent, reference):
@@ -272,11 +192,25 @@ def run_group(arguments):
         for case in real_cases():
             if group(case) != arguments.group or arguments.cases not in case.name:
                 continue
-            records = measure(case, check=arguments.check, tune=arguments.tune, deadline=deadline)
+            arrays, extras = case.inputs()
+            runs = candidates(case, extras)
+            records = measure(case, arrays, runs, runs["xla"] if arguments.check else None, deadline)
             for source in (records, torch_records(case) if arguments.torch else ()):
-                for record in source:
-                    sink.write(json.dumps(record | {"group": arguments.group}) + "\n")
-                    sink.flush()
+                keep(sink, source, group=arguments.group)
+        for case in real_cases() if arguments.tune else ():  # last: what matters less when time runs out
+            if group(case) != arguments.group or arguments.cases not in case.name or case.name not in TUNED:
+                continue
+            arrays, extras = case.inputs()
+            runs, blocks = alternatives(case, extras)
+            exact = candidates(case, extras)["xla"] if arguments.check else None
+            for record in measure(case, arrays, runs, exact, deadline):
+                keep(sink, [record], group=arguments.group, blocks=blocks[record["candidate"]])
+
+
+def keep(sink, records, **more):
+    for record in records:
+        sink.write(json.dumps(record | more) + "\n")
+        sink.flush()
 
 
 def run_all(arguments) -> list[dict]:
@@ -297,20 +231,76 @@ def run_all(arguments) -> list[dict]:
         return [json.loads(line) for line in records.read_text().splitlines()]
 
 
-def markdown(records, peak) -> str:
+TIMES = ("forward_ms", "backward_ms")
+
+
+def compare(records, peak) -> None:
+    """Adds to each record its share of the peaks and its time over the fastest that a call can be pinned to."""
+    pinnable = {name for names in OURS.values() for name in names}
+    timed = [record for record in records if "refused" not in record]
+    for record in timed:
+        rivals = [r for r in timed if r["case"] == record["case"] and r["candidate"] in pinnable]
+        both = lambda r: sum(r[key] for key in TIMES)
+        if rivals:
+            record["forward_ratio"] = record["forward_ms"] / min(r["forward_ms"] for r in rivals)
+            record["both_ratio"] = both(record) / min(map(both, rivals))
+        record["forward_of_peak"] = record["forward_tflops"] * 1e12 / peak.flops
+        record["backward_of_peak"] = (record["backward_tflops"] or 0) * 1e12 / peak.flops
+        record["forward_of_bandwidth"] = record["forward_gbs"] * 1e9 / peak.bandwidth
+
+
+def slower_than_need_be(records) -> list[str]:
+    """Cases whose automatic choice is not the fastest back end, in words."""
+    found = []
+    for record in records:
+        if record["candidate"] != "auto" or "forward_ratio" not in record:
+            continue
+        for which, ratio in (("forward", record["forward_ratio"]), ("with backward", record["both_ratio"])):
+            if ratio > SLACK:
+                found.append(f"{record['case']}: the automatic choice takes {ratio:.2f} of the fastest, {which}")
+    missing = {r["case"] for r in records} - {
+        r["case"] for r in records if "forward_ratio" in r and r["candidate"] == "auto"
+    }
+    return found + [f"{case}: not measured" for case in sorted(missing)]
+
+
+def fastest_blocks(records, chip: str) -> list[dict]:
+    """Rows for kernels/gpu_blocks.json: by kernel, head size and length the fastest of each pass."""
+    best = {}
+    sizes = {case.name: (case.head_dim, case.row) for case in real_cases()}
+    for record in records:
+        if "blocks" not in record or "refused" in record or record.get("correct") is False:
+            continue
+        stages = dict(record["blocks"])
+        kernel = stages.pop("kernel")
+        for stage, block in stages.items():
+            time_of = record["backward_ms" if stage in ("dkv", "dq") else "forward_ms"]
+            key = (kernel, stage, *sizes[record["case"]])
+            if key not in best or time_of < best[key][0]:
+                best[key] = time_of, block
+    keys = ("kernel", "pass", "head_dim", "length")
+    return [{"chip": chip} | dict(zip(keys, key)) | {"blocks": block} for key, (_, block) in best.items()]
+
+
+def markdown(records) -> str:
     lines = [
-        "| case | back end | fwd ms | TFLOP/s | of peak | GB/s | of peak | bwd ms | TFLOP/s | error | grad error |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| case | back end | fwd ms | of fastest | TFLOP/s | of peak | GB/s | of peak | bwd ms | TFLOP/s | of peak | error | grad error |",
+        "|" + "---|" * 13,
     ]
     for record in records:
         if "refused" in record:
-            lines.append(f"| {record['case']} | {record['candidate']} | {record['refused'][:90]} |" + " |" * 8)
+            lines.append(f"| {record['case']} | {record['candidate']} | {record['refused'][:90]} |" + " |" * 10)
             continue
-        flops, band = record["forward_tflops"] * 1e12 / peak[0], record["forward_gbs"] * 1e9 / peak[1]
         back = record["backward_tflops"]
-        cells = [record["case"], record["candidate"], f"{record['forward_ms']:.3f}", f"{record['forward_tflops']:.0f}"]
-        cells += [f"{flops:.0%}", f"{record['forward_gbs']:.0f}", f"{band:.0%}", f"{record['backward_ms']:.3f}"]
-        cells += [f"{back:.0f}" if back else "-"]
+        cells = [record["case"], record["candidate"], f"{record['forward_ms']:.3f}"]
+        cells += [f"{record['forward_ratio']:.2f}" if "forward_ratio" in record else "-"]
+        cells += [f"{record['forward_tflops']:.0f}", f"{record['forward_of_peak']:.0%}"]
+        cells += [
+            f"{record['forward_gbs']:.0f}",
+            f"{record['forward_of_bandwidth']:.0%}",
+            f"{record['backward_ms']:.3f}",
+        ]
+        cells += [f"{back:.0f}" if back else "-", f"{record['backward_of_peak']:.0%}"]
         cells += [f"{record[key]:.1e}" if key in record else "-" for key in ("error", "gradient_error")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -322,6 +312,8 @@ def parse():
     parser.add_argument("--check", action="store_true", help="compare with a float32 reference")
     parser.add_argument("--tune", action="store_true", help="on some cases, time other block sizes of our kernels too")
     parser.add_argument("--torch", action="store_true", help="time torch's attention too")
+    parser.add_argument("--prove", action="store_true", help="fail where the automatic choice is not the fastest")
+    parser.add_argument("--write", action="store_true", help="with --tune: keep the fastest blocks as this chip's")
     parser.add_argument("--json", help="write the records here")
     parser.add_argument("--markdown", help="write the table here")
     parser.add_argument("--group-seconds", type=float, default=110, help="time limit of one group of cases")
@@ -341,18 +333,25 @@ def main():
         from benchmarks import tpu_schedule
 
         return tpu_schedule.report(arguments)
+    from opensora_jax.kernels import gpu_blocks, spec
+    from opensora_jax.plan.chips import CHIPS
+
     records = run_all(arguments)
-    peak = next((rate for name, rate in PEAKS.items() if name in device.device_kind), PEAKS["H100"])
-    table = markdown(records, peak)
-    summary = {"device": device.device_kind, "jax": jax.__version__, "peak": peak, "records": records}
+    peak = next((chip for name, chip in CHIPS.items() if name in device.device_kind.lower()), None)
+    peak = peak or CHIPS.get(spec.chip(), CHIPS["h100"])
+    compare(records, peak)
+    table = markdown(records)
+    summary = {"device": device.device_kind, "jax": jax.__version__, "peaks_of": peak.name, "records": records}
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(summary, indent=1) + "\n")
     if arguments.markdown:
         Path(arguments.markdown).write_text(table)
     print(table)
-    wrong = [f"{record['case']} / {record['candidate']}" for record in records if record.get("correct") is False]
-    if wrong:
-        print("outside the tolerance: " + "; ".join(wrong))
+    if arguments.write:
+        gpu_blocks.write(fastest_blocks(records, spec.chip()))
+    wrong = [f"{r['case']} / {r['candidate']}: outside the tolerance" for r in records if r.get("correct") is False]
+    wrong += slower_than_need_be(records) if arguments.prove else []
+    print("\n".join(wrong))
     return 1 if wrong else 0
 
 

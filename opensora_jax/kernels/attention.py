@@ -11,13 +11,19 @@ import functools
 import logging
 from types import ModuleType
 
-from opensora_jax.kernels import cudnn, pallas_gpu, pallas_tpu, spec, xla
+from opensora_jax.kernels import cudnn, mosaic_gpu, pallas_gpu, pallas_tpu, spec, xla
 from opensora_jax.kernels.sharded import over_mesh
 from opensora_jax.kernels.spec import Call, Unsupported
 
 log = logging.getLogger("opensora_jax.kernels")
 
-BACKENDS: dict[str, ModuleType] = {"xla": xla, "pallas_tpu": pallas_tpu, "cudnn": cudnn, "pallas_gpu": pallas_gpu}
+BACKENDS: dict[str, ModuleType] = {
+    "xla": xla,
+    "pallas_tpu": pallas_tpu,
+    "cudnn": cudnn,
+    "pallas_gpu": pallas_gpu,
+    "mosaic_gpu": mosaic_gpu,
+}
 PREFERENCE = {
     "tpu": ("pallas_tpu", "xla"),
     "cuda": ("cudnn", "xla"),
@@ -93,7 +99,10 @@ def _first_that_serves(call: Call, backends: tuple, order: tuple, chip: str) -> 
         except Unsupported as reason:
             refused.append(f"{name}: {reason}")
             continue
-        log.info("%s on %s: %s%s", call, chip, name, f" ({'; '.join(refused)})" if refused else "")
+        reasons = refused or [f"first choice on {spec.platform()}"]
+        if name == "xla" and xla.score_bytes(call) > xla.MAX_SCORE_BYTES:
+            reasons.append(f"queries in chunks, all scores would take {xla.score_bytes(call) >> 20} MiB")
+        log.info("%s on %s: %s (%s)", call, chip, name, "; ".join(reasons))
         return name
     raise Unsupported(f"no back end serves {call}: {'; '.join(refused)}")
 

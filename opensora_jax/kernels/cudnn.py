@@ -5,9 +5,9 @@ import jax.numpy as jnp
 
 from opensora_jax.kernels import spec
 from opensora_jax.kernels.spec import Call, Unsupported
-from opensora_jax.kernels.xla import key_visibility
+from opensora_jax.kernels.visible import visible_first
 
-MAX_MASK_BYTES = 1 << 26  # arbitrary masks and biases are materialised for cuDNN: above this another back end serves
+MAX_BIAS_BYTES = 1 << 26  # a bias is written out for cuDNN, all heads and samples: above this another back end serves
 
 
 def supports(call: Call) -> None:
@@ -18,8 +18,10 @@ def supports(call: Call) -> None:
     if call.head_dim % 8 or call.head_dim > (256 if spec.chip() == "hopper" else 128):
         raise Unsupported(f"head_dim {call.head_dim} is not a multiple of 8 within its limit")
     call.refuse("segment_ids")
-    if call.extras & {"bias", "kv_mask"} and 2 * call.batch * call.heads * call.queries * call.keys > MAX_MASK_BYTES:
-        raise Unsupported("would write the whole mask or bias to memory")
+    if "kv_mask" in call.extras and call.extras & {"bias", "causal"}:
+        raise Unsupported("a mask beside a bias or causal order is not served")
+    if "bias" in call.extras and 2 * call.batch * call.heads * call.queries * call.keys > MAX_BIAS_BYTES:
+        raise Unsupported(f"would write a bias of more than {MAX_BIAS_BYTES >> 20} MiB to memory")
 
 
 def attention(
@@ -29,17 +31,12 @@ def attention(
     batch, queries, heads, _ = q_btnh.shape
     keys = k_bsnh.shape[1]
     arguments = {"scale": scale, "is_causal": causal, "implementation": "cudnn"}
-    seen = None
+    if kv_mask is not None:
+        k_bsnh, v_bsnh, kv_lengths = visible_first(k_bsnh, v_bsnh, kv_mask, kv_lengths)
     if kv_lengths is not None:
-        lengths = kv_lengths.astype(jnp.int32)
-        seen = lengths > 0
-        arguments["key_value_seq_lengths"] = jnp.clip(lengths, 1, keys)
+        arguments["key_value_seq_lengths"] = jnp.clip(kv_lengths.astype(jnp.int32), 1, keys)
         arguments["query_seq_lengths"] = jnp.full((batch,), queries, jnp.int32)
     if bias is not None:
         bias = jnp.broadcast_to(bias, (batch, heads, queries, keys)).astype(q_btnh.dtype)
-    if kv_mask is not None:
-        visible = key_visibility(keys, kv_lengths, kv_mask)
-        seen = visible.any(-1)
-        arguments["mask"] = kv_mask.astype(bool)[:, None, None, :]
     out = jax.nn.dot_product_attention(q_btnh, k_bsnh, v_bsnh, bias, **arguments)
-    return out if seen is None else jnp.where(seen[:, None, None, None], out, jnp.zeros((), out.dtype))
+    return out if kv_lengths is None else jnp.where((kv_lengths > 0)[:, None, None, None], out, 0).astype(out.dtype)

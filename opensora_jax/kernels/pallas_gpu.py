@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from opensora_jax.kernels import spec
+from opensora_jax.kernels import gpu_blocks, spec
 from opensora_jax.kernels.spec import Call, Unsupported
 from opensora_jax.kernels.xla import HIDDEN
 
@@ -30,27 +30,17 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# By (pass, padded head): fastest measured, see docs/performance.md "Attention".
-BLOCKS = {
-    ("forward", "small"): Blocks(128, 64, 4, 3),
-    ("forward", "large"): Blocks(128, 64, 8, 3),
-    ("dkv", "small"): Blocks(64, 64, 4, 2),
-    ("dkv", "large"): Blocks(64, 64, 8, 2),
-    ("dq", "small"): Blocks(64, 64, 4, 2),
-    ("dq", "large"): Blocks(64, 64, 8, 2),
-}
-
-
 class Options(NamedTuple):
     """The static part of a call."""
 
     scale: float
     causal: bool
-    blocks: tuple[tuple[str, Blocks], ...]  # overrides of BLOCKS by pass, for tuning
+    blocks: tuple[tuple[str, Blocks], ...]  # instead of the table's, by pass
     interpret: bool
 
     def block(self, stage: str, q, k) -> Blocks:
-        chosen = dict(self.blocks).get(stage) or BLOCKS[stage, "small" if q.shape[-1] <= 80 else "large"]
+        chosen = dict(self.blocks).get(stage)
+        chosen = chosen or Blocks(*gpu_blocks.find("pallas_gpu", stage, q.shape[-1], k.shape[1]))
         fit = lambda size, length: max(16, min(size, pl.next_power_of_2(length)))
         return chosen._replace(q=fit(chosen.q, q.shape[1]), k=fit(chosen.k, k.shape[1]))
 
@@ -81,7 +71,7 @@ def attention(
     scale=None,
     blocks=(),
 ):
-    """`blocks` overrides BLOCKS by pass: (("forward", Blocks(...)), ...)."""
+    """`blocks` instead of the table's, by pass: (("forward", Blocks(...)), ...)."""
     scale = q_btnh.shape[-1] ** -0.5 if scale is None else scale
     batch, queries = q_btnh.shape[:2]
     keys = k_bsnh.shape[1]

@@ -17,6 +17,10 @@ def supports(call: Call) -> None:
     """Everything."""
 
 
+def score_bytes(call: Call) -> int:
+    return 4 * call.batch * call.heads * call.queries * call.keys
+
+
 def attention(
     q_btnh, k_bsnh, v_bsnh, *, kv_lengths=None, kv_mask=None, segment_ids=None, bias=None, causal=False, scale
 ):

@@ -1,17 +1,24 @@
-"""The public function against float64: every optional input, chunking, gradients, the choice of a back end."""
+"""The public functions against float64: every kind of case, optional input and mask, chunking, the choice of a back end."""
 
+import functools
 import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from opensora_jax.kernels import attention as dispatch
 from opensora_jax.kernels import xla
 from opensora_jax.kernels.attention import attention
 from opensora_jax.kernels.spec import Unsupported
-from tests.kernels.reference import attention64
+from opensora_jax.kernels.stdit import stdit_attention
+from opensora_jax.kernels.visible import visible_first
+from tests.kernels.cases import BY_NAME
+from tests.kernels.compare import check
+from tests.kernels.reference import attention64, gradients64
 
 B, T, S, N, H = 2, 10, 7, 3, 8
 
@@ -50,6 +57,60 @@ def test_reference_matches_float64(name, chunked, monkeypatch):
     np.testing.assert_allclose(out, attention64(q, k, v, **OPTIONS[name]), rtol=0, atol=2e-6)
 
 
+KINDS = [  # one case of each kind in cases.py
+    "v1.0 spatial 64x512",
+    "v1.0 temporal T=16",
+    "v1.0 cross 64x512 text 120",
+    "v1.1 temporal T=16 360p",
+    "v1.2 spatial 360p",
+    "v1.2 temporal T=15 360p",
+    "v1.3 window T=15",
+    "v2.0 joint 256px",
+    "CLIP text",
+]
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_reference_and_its_gradients_match_float64(name, dtype):
+    case = BY_NAME[name].small()
+    check(case, dtype, functools.partial(stdit_attention if case.fused else attention, implementation="xla"))
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 20), st.booleans(), st.data())
+def test_any_shape_length_and_mask(queries, keys, causal, data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    q, k, v, cotangent = (rng.normal(size=(2, n, 2, 8)).astype(np.float32) for n in (queries, keys, keys, queries))
+    options = {"kv_lengths": np.array([data.draw(st.sampled_from([0, keys // 2])), keys]), "causal": causal}
+    if data.draw(st.booleans()):
+        options["kv_mask"] = rng.random((2, keys)) < 0.7
+    if data.draw(st.booleans()):
+        options["bias"] = rng.normal(size=(1, 2, queries, keys)).astype(np.float32)
+    out, pull = jax.vjp(functools.partial(attention, implementation="xla", **options), q, k, v)
+    np.testing.assert_allclose(out, attention64(q, k, v, **options), rtol=0, atol=5e-6)
+    for ours, exact in zip(pull(cotangent), gradients64(attention64, cotangent, {}, (q, k, v), **options)[1:]):
+        np.testing.assert_allclose(ours, exact, rtol=0, atol=2e-5)
+
+
+def test_a_mask_becomes_lengths_when_visible_keys_come_first():
+    q, k, v = draw(2, shape=(3, 6, 9, 2, 4))
+    mask = np.random.default_rng(3).random((3, 9)) < 0.5
+    mask[2] = False
+    lengths = np.array([9, 4, 9])
+    cotangent = jax.random.normal(jax.random.key(4), q.shape)
+
+    def run(q, k, v):
+        k, v, count = visible_first(k, v, mask, lengths)
+        return attention(q, k, v, kv_lengths=count)
+
+    out, pull = jax.vjp(run, q, k, v)
+    options = {"kv_mask": mask, "kv_lengths": lengths}
+    np.testing.assert_allclose(out, attention64(q, k, v, **options), rtol=0, atol=2e-6)
+    for ours, exact in zip(pull(cotangent), gradients64(attention64, cotangent, {}, (q, k, v), **options)[1:]):
+        np.testing.assert_allclose(ours, exact, rtol=0, atol=5e-6)
+
+
 @pytest.mark.parametrize("name", ["lengths", "lengths and mask and bias"])
 def test_chunked_gradients_match_whole(name, monkeypatch):
     q, k, v = draw(1)
@@ -85,8 +146,10 @@ def test_choice_is_logged_once_a_shape(caplog):
         attention(q, k, v)
         attention(q, k, v)
         attention(q[:, :5], k, v)
-    assert len(caplog.records) == 2
-    assert f"attention {B}x{T}x{S} h{N} d{H} float32 on cpu: xla" in caplog.text
+        jax.eval_shape(attention, *[jax.ShapeDtypeStruct((1, 16384, 2, 8), jnp.float32)] * 3)
+    assert len(caplog.records) == 3
+    assert f"attention {B}x{T}x{S} h{N} d{H} float32 on cpu: xla (first choice on cpu)" in caplog.text
+    assert "xla (first choice on cpu; queries in chunks, all scores would take 2048 MiB)" in caplog.text
 
 
 def test_unknown_back_end_and_bad_shapes_are_refused():

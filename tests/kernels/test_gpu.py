@@ -14,8 +14,8 @@ from opensora_jax.kernels.attention import attention
 from opensora_jax.kernels.spec import Unsupported
 from opensora_jax.kernels.stdit import stdit_attention
 from tests.kernels.cases import BY_NAME, CASES
-from tests.kernels.compare import check
-from tests.kernels.reference import attention64
+from tests.kernels.compare import FORWARD, GRADIENT, check, relative
+from tests.kernels.reference import attention64, gradients64, stdit64
 
 SMALL = tuple((stage, pallas_gpu.Blocks(16, 32, 4, 2)) for stage in ("forward", "dkv", "dq"))
 FLASH = ["v1.0 cross 64x512 text 120", "v2.0 joint 256px", "CLIP text", "DiT image 512px"]
@@ -44,8 +44,34 @@ def test_any_shape_length_and_mask(queries, keys, head_dim, causal, data):
         options["kv_mask"] = rng.random((2, keys)) < 0.7
     if data.draw(st.booleans()):
         options["segment_ids"] = (rng.integers(0, 2, (2, queries)), rng.integers(0, 2, (2, keys)))
-    out = attention(q, k, v, implementation="pallas_gpu", **options)
+    cotangent = rng.normal(size=q.shape).astype(np.float32)
+    out, pull = jax.vjp(functools.partial(attention, implementation="pallas_gpu", **options), q, k, v)
     np.testing.assert_allclose(out, attention64(q, k, v, **options), rtol=0, atol=5e-6)
+    for ours, exact in zip(pull(cotangent), gradients64(attention64, cotangent, {}, (q, k, v), **options)[1:]):
+        np.testing.assert_allclose(ours, exact, rtol=0, atol=2e-5)
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+    st.integers(1, 33), st.integers(1, 9), st.sampled_from([8, 72]), st.sampled_from(["spatial", "temporal"]), st.data()
+)
+def test_any_fused_row_and_mask(row, rows, head_dim, mode, data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    frames, positions = (row, rows) if mode == "temporal" else (rows, row)
+    qkv, cotangent = (rng.normal(size=(2, frames, positions, n * head_dim)).astype(np.float32) for n in (3, 1))
+    options = {"num_heads": 1, "mode": mode}
+    norm = {}
+    if data.draw(st.booleans()):
+        options["kv_mask"] = rng.random((2, row)) < 0.6
+    if data.draw(st.booleans()):
+        norm = {name: rng.normal(size=head_dim).astype(np.float32) for name in ("q_scale", "k_scale")}
+    run = lambda norm, qkv: stdit_attention(qkv, implementation="pallas_gpu", **norm, **options)
+    out, pull = jax.vjp(run, norm, qkv)
+    assert relative(out, stdit64(qkv, **norm, **options)) < FORWARD["float32"]
+    for ours, exact in zip(
+        *map(jax.tree.leaves, (pull(cotangent), gradients64(stdit64, cotangent, norm, (qkv,), **options)))
+    ):
+        assert relative(ours, exact) < GRADIENT["float32"]
 
 
 def _hopper():
@@ -88,11 +114,13 @@ def test_the_library_serves_what_it_can_and_says_what_it_cannot():
     from opensora_jax.kernels import cudnn
 
     with spec.target("cuda"):
-        cudnn.supports(spec.Call("attention", 2, 64, 64, 4, 72, "bfloat16", frozenset({"kv_lengths"})))
+        for served in ("kv_lengths", "kv_mask"):
+            cudnn.supports(spec.Call("attention", 4, 16384, 300, 16, 72, "bfloat16", frozenset({served})))
         for call, reason in {
             spec.Call("attention", 2, 64, 64, 4, 72, "float32"): "not float32",
             spec.Call("attention", 2, 64, 64, 4, 36, "bfloat16"): "multiple of 8",
-            spec.Call("attention", 2, 9000, 9000, 4, 72, "bfloat16", frozenset({"kv_mask"})): "whole mask",
+            spec.Call("attention", 2, 64, 64, 4, 64, "bfloat16", frozenset({"kv_mask", "causal"})): "mask beside",
+            spec.Call("attention", 2, 9000, 9000, 4, 72, "bfloat16", frozenset({"bias"})): "more than 64 MiB",
         }.items():
             with pytest.raises(Unsupported, match=reason):
                 cudnn.supports(call)
