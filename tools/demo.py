@@ -18,6 +18,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+# A device a core, and memory that is kept from step to step (docs/performance.md, "Training on a CPU").
+QUICK = {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1:"
+    f"glibc.malloc.trim_threshold={1 << 34}:glibc.malloc.top_pad={1 << 28}",
+}
 sys.path.insert(0, str(ROOT))
 
 
@@ -28,7 +34,7 @@ def say(text: str) -> None:
 def run(*words: str, stop_after_step: int | None = None) -> None:
     """A module of ours as a command; with stop_after_step it gets SIGTERM once its metrics show that step."""
     print("$ python -m " + " ".join(words), flush=True)
-    process = subprocess.Popen([sys.executable, "-m", *words], cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-m", *words], cwd=ROOT, env=QUICK | os.environ)
     if stop_after_step is not None:
         workdir = Path(next(word for word in words if word.startswith("--workdir=")).partition("=")[2])
         while process.poll() is None and last_step(workdir) < stop_after_step:

@@ -30,9 +30,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.ema_decay = 0.98
     config.ema_start_steps = 0
     if variant == "pixels":
-        config.data = stdit3.SIZE | {"source": ("runs/demo/orange", "runs/demo/known"), "batch_size": 32}
+        config.data = stdit3.SIZE | {"source": ("runs/demo/orange", "runs/demo/known"), "batch_size": 16}
     else:
-        config.data = {"source": "runs/demo/latents", "batch_size": 32}
+        config.data = {"source": "runs/demo/latents", "batch_size": 16}
     config.checkpoint = {"every_steps": 100, "keep": 1}
     config.log = {"every_steps": 10}
     return config
