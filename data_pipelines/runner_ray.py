@@ -113,7 +113,7 @@ def run(stage: type[Stage], config: Any, work: Iterable[pa.Table], folder: str, 
         return
     wants = stage.wants(config)
     most = min(len(blocks), workers or fitting(wants, ray.cluster_resources()))
-    watchdog = patience(stage)
+    watchdog = patience(stage, wants)
     done = ray.data.from_arrow(blocks).map_batches(
         Worker,
         fn_constructor_args=(stage, config, folder, files.join(folder, f".run-{time.time_ns()}")),
@@ -126,16 +126,16 @@ def run(stage: type[Stage], config: Any, work: Iterable[pa.Table], folder: str, 
     try:
         for counts in done.iter_rows():
             watchdog.cancel()
-            watchdog = patience(stage)
+            watchdog = patience(stage, wants)
             yield counts
     finally:
         watchdog.cancel()
 
 
-def patience(stage: type[Stage]) -> threading.Timer:
+def patience(stage: type[Stage], wants: Resources) -> threading.Timer:
     """Ray waits in silence for resources that a cluster does not have; this says so."""
-    wants = f"{stage.__name__} ({stage.resources.num_cpus} CPU, {stage.resources.num_gpus} GPU a worker)"
-    text = f"no batch of {wants} has finished for {WAIT_SECONDS} s; does `ray status` show that much free?"
+    worker = f"{stage.__name__} ({wants.num_cpus} CPU, {wants.num_gpus} GPU a worker)"
+    text = f"no batch of {worker} has finished for {WAIT_SECONDS} s; does `ray status` show that much free?"
     timer = threading.Timer(WAIT_SECONDS, print, [text], {"file": sys.stderr})
     timer.daemon = True
     timer.start()

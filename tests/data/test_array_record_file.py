@@ -1,5 +1,6 @@
 """Parts of records straight out of ArrayRecord files: the same bytes as ArrayRecord's reader gives, or a refusal."""
 
+import pickle
 import random
 
 import numpy as np
@@ -10,7 +11,7 @@ from opensora_jax.common.errors import UserError
 from opensora_jax.data.array_record_file import USABLE, ArrayRecordFile
 from opensora_jax.data.loader import DataConfig, make_loader
 from opensora_jax.data.records import OPTIONS, ShardWriter, encode_record
-from opensora_jax.data.sources import open_source
+from opensora_jax.data.sources import JoinedSource, open_source
 
 
 def written(path, payloads, options=OPTIONS) -> str:
@@ -97,6 +98,9 @@ def test_a_batch_of_latents_is_the_records(tmp_path):
             for key in ("latents", "text_emb", "text_mask"):
                 np.testing.assert_array_equal(batch[key][row], known[name][key])
     assert source._file(source.files[0]) is not None  # so that the above was not the other way
+    there = pickle.loads(pickle.dumps(JoinedSource([source, source])))  # as a worker process has it
+    record = there.into(7, lambda key, shape, dtype: np.empty(shape, dtype))
+    np.testing.assert_array_equal(record["latents"], known["clip 2"]["latents"])
 
 
 def test_shards_that_others_compressed_give_the_same_batches(tmp_path):
