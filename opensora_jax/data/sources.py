@@ -117,16 +117,16 @@ class ShardSource:
         shard = int(np.searchsorted(self.ends, index, side="right"))
         number = index - int(self.ends[shard] - self.counts[shard])
         file = self._file(self.files[shard])
+        if file is None:
+            return {key: _placed(key, value, place) for key, value in self[index].items()}
+        if file.sizes[number] < records.WORTH_PIECES:
+            return records.decode_record(file.read(number, 0, records.WORTH_PIECES))
 
         def take(key, dtype, shape, at):
             out = place(key, shape, dtype)
             file.read_into(number, at, out.reshape(-1).view(np.uint8))
             return out
 
-        if file is None:
-            return {key: _placed(key, value, place) for key, value in self[index].items()}
-        if file.sizes[number] < records.WORTH_PIECES:
-            return records.decode_record(file.read(number, 0, records.WORTH_PIECES))
         return records.decode_pieces(lambda at, count: file.read(number, at, count), take)
 
     def _file(self, path: str) -> ArrayRecordFile | None:
