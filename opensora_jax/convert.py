@@ -90,8 +90,10 @@ def network_of(room: str, family: str, shapes: dict, settings: dict, where):
     try:
         cfg = module.Config(**table.config_from(shapes, settings))
         network = Network.of(lambda rngs: module.build(cfg, rngs=rngs))
-    except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{where} looks like {family}, but lacks what tells its size: {error}") from None
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"{where} looks like {family}, but it or its config.json lacks what tells its size: {error}"
+        ) from None
     return module, table, cfg, network
 
 

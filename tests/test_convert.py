@@ -127,6 +127,12 @@ def test_what_does_not_fit_is_listed_by_name(stdit3, tmp_path):
     assert "qkv" in text
 
 
+def test_a_config_of_the_wrong_kind(goldens, tmp_path):
+    source = checkpoint(goldens / "v13_vae_a", tmp_path / "source")
+    (source / "config.json").write_text('{"encoder": "x"}')
+    refused(source, tmp_path, "looks like video_vae_v13, but it or its config.json lacks")
+
+
 def test_too_few_axes_are_listed(goldens, tmp_path):
     source = checkpoint(goldens / "osp_discriminator2d", tmp_path / "source")
     rewritten(source, lambda weights: weights.update({"main.2.weight": weights["main.2.weight"].reshape(-1)}))
