@@ -90,8 +90,10 @@ def network_of(room: str, family: str, shapes: dict, settings: dict, where):
     try:
         cfg = module.Config(**table.config_from(shapes, settings))
         network = Network.of(lambda rngs: module.build(cfg, rngs=rngs))
-    except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{where} looks like {family}, but lacks what tells its size: {error}") from None
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"{where} looks like {family}, but it or its config.json lacks what tells its size: {error}"
+        ) from None
     return module, table, cfg, network
 
 
@@ -109,6 +111,8 @@ def listing() -> str:
 
 
 def from_reference(args) -> int:
+    import numpy as np
+
     from opensora_jax.weights import layouts, store
     from opensora_jax.weights.engine import flatten, plan
     from opensora_jax.weights.files import open_checkpoint
@@ -135,7 +139,8 @@ def from_reference(args) -> int:
 
         def stored_as(path, dtype, array):
             check_finite(path, array, checkpoint.path)
-            cast = array.astype(store.numpy_dtype(dtype), copy=False)
+            with np.errstate(over="ignore"):
+                cast = array.astype(store.numpy_dtype(dtype), copy=False)
             if args.dtype == "float16":  # whose largest number is 65504
                 check_finite(path, cast, f"--dtype=float16 of {checkpoint.path}")
             return cast

@@ -127,6 +127,30 @@ def test_what_does_not_fit_is_listed_by_name(stdit3, tmp_path):
     assert "qkv" in text
 
 
+def test_a_config_of_the_wrong_kind(goldens, tmp_path):
+    source = checkpoint(goldens / "v13_vae_a", tmp_path / "source")
+    (source / "config.json").write_text('{"encoder": "x"}')
+    refused(source, tmp_path, "looks like video_vae_v13, but it or its config.json lacks")
+
+
+def test_too_few_axes_are_listed(goldens, tmp_path):
+    source = checkpoint(goldens / "osp_discriminator2d", tmp_path / "source")
+    rewritten(source, lambda weights: weights.update({"main.2.weight": weights["main.2.weight"].reshape(-1)}))
+    assert "main.2.weight: shape [2048], but main/2/kernel takes" in refused(source, tmp_path, "does not fit")
+
+
+def test_a_number_is_no_part_of_a_layer(tmp_path):
+    weights = dict.fromkeys(
+        ("pos_embed.proj.weight", "adaln_single.linear.weight", "transformer_blocks.0.attn2.to_q.weight"),
+        np.float32([[1.0]]),
+    )
+    parts = {f"transformer_blocks.0.attn1.to_{part}.weight": np.array(1, np.float32) for part in "qkv"}
+    (tmp_path / "source").mkdir()
+    save_file(weights | parts, tmp_path / "source" / "model.safetensors")
+    (tmp_path / "source" / "config.json").write_text(json.dumps({"sample_size": 8}))
+    refused(tmp_path / "source", tmp_path, "to_q.weight: a single number, not a part of blocks.0.attn.qkv.weight")
+
+
 def test_nan_weights(stdit3, tmp_path):
     source = rewritten(stdit3, lambda w: w["t_block.1.bias"].__setitem__(0, np.nan))
     refused(source, tmp_path, "not all finite")

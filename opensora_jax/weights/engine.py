@@ -37,9 +37,12 @@ class Transform:
     forward: Callable[[np.ndarray], np.ndarray]
     back: Callable[[np.ndarray], np.ndarray]
 
-    def shape(self, shape: Shape) -> Shape:
-        """Our shape, found on an array that holds no memory."""
-        return self.forward(np.broadcast_to(np.int8(0), shape)).shape
+    def shape(self, shape: Shape) -> Shape | None:
+        """Our shape, found on an array that holds no memory; None where there are too few axes for one."""
+        try:
+            return self.forward(np.broadcast_to(np.int8(0), shape)).shape
+        except (ValueError, IndexError):
+            return None
 
 
 COPY = Transform("copy", lambda a: a, lambda a: a)
@@ -198,9 +201,8 @@ def plan(found: Mapping[str, Shape], wanted: Mapping[str, Shape], rules: list[Ru
         lead = len(index)
         if full[lead:] != ours or any(i >= size for i, size in zip(index, full)):
             expect = rule.transform.back(np.broadcast_to(np.int8(0), full[lead:])).shape if len(full) >= lead else full
-            problems.append(
-                f"{name}: shape {list(shape)}, but {path} takes {list(expect)} and has {list(full[:lead])} layers"
-            )
+            layers = f" and has {list(full[:lead])} layers" if lead else ""
+            problems.append(f"{name}: shape {list(shape)}, but {path} takes {list(expect)}{layers}")
             continue
         assignment = assignments.setdefault(path, Assignment(path, full, rule))
         if index in assignment.sources:

@@ -104,6 +104,9 @@ class Joined:
 
     @property
     def shapes(self) -> dict[str, Shape]:
+        for name, recipe in self.recipes.items():
+            if () in recipe.shapes:
+                raise MappingError(f"{recipe.sources[recipe.shapes.index(())]}: a single number, not a part of {name}")
         joined = {name: recipe.merge.shape(recipe.shapes) for name, recipe in self.recipes.items()}
         used = {source for recipe in self.recipes.values() for source in recipe.sources}
         return joined | {name: tuple(shape) for name, shape in self.found.items() if name not in used}
