@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opensora_jax.kernels import attention as dispatch
-from opensora_jax.kernels import xla
+from opensora_jax.kernels import cudnn, xla
 from opensora_jax.kernels.attention import attention
 from opensora_jax.kernels.spec import Unsupported
 from opensora_jax.kernels.stdit import stdit_attention
@@ -106,6 +106,35 @@ def test_a_mask_becomes_lengths_when_visible_keys_come_first():
 
     out, pull = jax.vjp(run, q, k, v)
     options = {"kv_mask": mask, "kv_lengths": lengths}
+    np.testing.assert_allclose(out, attention64(q, k, v, **options), rtol=0, atol=2e-6)
+    for ours, exact in zip(pull(cotangent), gradients64(attention64, cotangent, {}, (q, k, v), **options)[1:]):
+        np.testing.assert_allclose(ours, exact, rtol=0, atol=5e-6)
+
+
+BLIND = np.array([[True, False, True, True, False, False, True], [False] * S])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        OPTIONS["lengths"],
+        OPTIONS["bias row"],
+        {"kv_mask": BLIND},
+        {"kv_mask": BLIND, "kv_lengths": np.array([6, 3])},
+        {"kv_mask": BLIND, **OPTIONS["bias"]},
+        {"causal": True, "kv_lengths": np.array([0, 5])},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_what_cudnn_is_told_means_the_same(options, monkeypatch):
+    """jax's own implementation stands for cuDNN's: the same arguments, no GPU."""
+    library = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *args, **kwargs: library(*args, **kwargs | {"implementation": "xla"})
+    )
+    q, k, v = draw(5)
+    cotangent = jax.random.normal(jax.random.key(6), q.shape)
+    out, pull = jax.vjp(functools.partial(cudnn.attention, scale=H**-0.5, **options), q, k, v)
     np.testing.assert_allclose(out, attention64(q, k, v, **options), rtol=0, atol=2e-6)
     for ours, exact in zip(pull(cotangent), gradients64(attention64, cotangent, {}, (q, k, v), **options)[1:]):
         np.testing.assert_allclose(ours, exact, rtol=0, atol=5e-6)

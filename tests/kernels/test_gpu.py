@@ -119,7 +119,9 @@ def test_the_library_serves_what_it_can_and_says_what_it_cannot():
         for call, reason in {
             spec.Call("attention", 2, 64, 64, 4, 72, "float32"): "not float32",
             spec.Call("attention", 2, 64, 64, 4, 36, "bfloat16"): "multiple of 8",
-            spec.Call("attention", 2, 64, 64, 4, 64, "bfloat16", frozenset({"kv_mask", "causal"})): "mask beside",
+            spec.Call(
+                "attention", 2, 64, 64, 4, 64, "bfloat16", frozenset({"kv_mask", "causal"})
+            ): "mask beside causal",
             spec.Call("attention", 2, 9000, 9000, 4, 72, "bfloat16", frozenset({"bias"})): "more than 64 MiB",
         }.items():
             with pytest.raises(Unsupported, match=reason):
