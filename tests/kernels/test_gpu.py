@@ -14,7 +14,7 @@ from opensora_jax.kernels.attention import attention
 from opensora_jax.kernels.spec import Unsupported
 from opensora_jax.kernels.stdit import stdit_attention
 from tests.kernels.cases import BY_NAME, CASES
-from tests.kernels.compare import FORWARD, GRADIENT, check, relative
+from tests.kernels.compare import FORWARD, GRADIENT, both, check, relative
 from tests.kernels.reference import attention64, gradients64, stdit64
 
 SMALL = tuple((stage, pallas_gpu.Blocks(16, 32, 4, 2)) for stage in ("forward", "dkv", "dq"))
@@ -34,7 +34,7 @@ def test_fused_rows_match_float64(name, dtype):
     check(BY_NAME[name].small(), dtype, functools.partial(stdit_attention, implementation="pallas_gpu"))
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([8, 24, 72]), st.booleans(), st.data())
 def test_any_shape_length_and_mask(queries, keys, head_dim, causal, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
@@ -45,13 +45,13 @@ def test_any_shape_length_and_mask(queries, keys, head_dim, causal, data):
     if data.draw(st.booleans()):
         options["segment_ids"] = (rng.integers(0, 2, (2, queries)), rng.integers(0, 2, (2, keys)))
     cotangent = rng.normal(size=q.shape).astype(np.float32)
-    out, pull = jax.vjp(functools.partial(attention, implementation="pallas_gpu", **options), q, k, v)
+    out, found = both(functools.partial(attention, implementation="pallas_gpu", **options), cotangent, q, k, v)
     np.testing.assert_allclose(out, attention64(q, k, v, **options), rtol=0, atol=5e-6)
-    for ours, exact in zip(pull(cotangent), gradients64(attention64, cotangent, {}, (q, k, v), **options)[1:]):
+    for ours, exact in zip(found, gradients64(attention64, cotangent, {}, (q, k, v), **options)[1:]):
         np.testing.assert_allclose(ours, exact, rtol=0, atol=2e-5)
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     st.integers(1, 33), st.integers(1, 9), st.sampled_from([8, 72]), st.sampled_from(["spatial", "temporal"]), st.data()
 )
@@ -66,11 +66,10 @@ def test_any_fused_row_and_mask(row, rows, head_dim, mode, data):
     if data.draw(st.booleans()):
         norm = {name: rng.normal(size=head_dim).astype(np.float32) for name in ("q_scale", "k_scale")}
     run = lambda norm, qkv: stdit_attention(qkv, implementation="pallas_gpu", **norm, **options)
-    out, pull = jax.vjp(run, norm, qkv)
+    out, found = both(run, cotangent, norm, qkv)
     assert relative(out, stdit64(qkv, **norm, **options)) < FORWARD["float32"]
-    for ours, exact in zip(
-        *map(jax.tree.leaves, (pull(cotangent), gradients64(stdit64, cotangent, norm, (qkv,), **options)))
-    ):
+    expected = gradients64(stdit64, cotangent, norm, (qkv,), **options)
+    for ours, exact in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert relative(ours, exact) < GRADIENT["float32"]
 
 
