@@ -34,24 +34,38 @@ def test_fused_rows_match_float64(name, dtype):
     check(BY_NAME[name].small(), dtype, functools.partial(stdit_attention, implementation="pallas_gpu"))
 
 
-@settings(max_examples=4, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([8, 24, 72]), st.booleans(), st.data())
-def test_any_shape_length_and_mask(queries, keys, head_dim, causal, data):
+SHAPES = (st.integers(1, 40), st.integers(1, 40), st.sampled_from([8, 24, 72]), st.booleans(), st.data())
+
+
+def any_problem(queries, keys, head_dim, causal, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
-    q, k, v = (rng.normal(size=(2, n, 1, head_dim)).astype(np.float32) for n in (queries, keys, keys))
+    arrays = [rng.normal(size=(2, n, 1, head_dim)).astype(np.float32) for n in (queries, keys, keys, queries)]
     options = {"kv_lengths": np.array([data.draw(st.integers(0, keys)), keys]), "causal": causal}
     if data.draw(st.booleans()):
         options["kv_mask"] = rng.random((2, keys)) < 0.7
     if data.draw(st.booleans()):
         options["segment_ids"] = (rng.integers(0, 2, (2, queries)), rng.integers(0, 2, (2, keys)))
-    cotangent = rng.normal(size=q.shape).astype(np.float32)
-    out, found = both(functools.partial(attention, implementation="pallas_gpu", **options), cotangent, q, k, v)
+    return arrays, options
+
+
+@settings(max_examples=5, deadline=None)
+@given(*SHAPES)
+def test_any_shape_length_and_mask(queries, keys, head_dim, causal, data):
+    (q, k, v, _), options = any_problem(queries, keys, head_dim, causal, data)
+    out = attention(q, k, v, implementation="pallas_gpu", **options)
     np.testing.assert_allclose(out, attention64(q, k, v, **options), rtol=0, atol=5e-6)
+
+
+@settings(max_examples=2, deadline=None)
+@given(*SHAPES)
+def test_gradients_of_any_shape_length_and_mask(queries, keys, head_dim, causal, data):
+    (q, k, v, cotangent), options = any_problem(queries, keys, head_dim, causal, data)
+    _, found = both(functools.partial(attention, implementation="pallas_gpu", **options), cotangent, q, k, v)
     for ours, exact in zip(found, gradients64(attention64, cotangent, {}, (q, k, v), **options)[1:]):
         np.testing.assert_allclose(ours, exact, rtol=0, atol=2e-5)
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(
     st.integers(1, 33), st.integers(1, 9), st.sampled_from([8, 72]), st.sampled_from(["spatial", "temporal"]), st.data()
 )
