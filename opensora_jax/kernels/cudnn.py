@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from opensora_jax.kernels import spec
 from opensora_jax.kernels.spec import Call, Unsupported
 from opensora_jax.kernels.visible import visible_first
+from opensora_jax.kernels.xla import key_visibility
 
 MAX_BIAS_BYTES = 1 << 26  # a bias is written out for cuDNN, all heads and samples: above this another back end serves
 
@@ -18,8 +19,8 @@ def supports(call: Call) -> None:
     if call.head_dim % 8 or call.head_dim > (256 if spec.chip() == "hopper" else 128):
         raise Unsupported(f"head_dim {call.head_dim} is not a multiple of 8 within its limit")
     call.refuse("segment_ids")
-    if "kv_mask" in call.extras and call.extras & {"bias", "causal"}:
-        raise Unsupported("a mask beside a bias or causal order is not served")
+    if {"kv_mask", "causal"} <= call.extras:
+        raise Unsupported("a mask beside causal order is not served: a query may see no key at all")
     if "bias" in call.extras and 2 * call.batch * call.heads * call.queries * call.keys > MAX_BIAS_BYTES:
         raise Unsupported(f"would write a bias of more than {MAX_BIAS_BYTES >> 20} MiB to memory")
 
@@ -31,8 +32,12 @@ def attention(
     batch, queries, heads, _ = q_btnh.shape
     keys = k_bsnh.shape[1]
     arguments = {"scale": scale, "is_causal": causal, "implementation": "cudnn"}
-    if kv_mask is not None:
+    if kv_mask is not None and bias is None:
         k_bsnh, v_bsnh, kv_lengths = visible_first(k_bsnh, v_bsnh, kv_mask, kv_lengths)
+    elif kv_mask is not None:  # a bias belongs to its key's place: the mask joins it
+        visible = key_visibility(keys, kv_lengths, kv_mask)
+        bias = jnp.where(visible[:, None, None, :], bias, jnp.finfo(q_btnh.dtype).min / 2)
+        kv_lengths = jnp.where(visible.any(-1), keys, 0)
     if kv_lengths is not None:
         arguments["key_value_seq_lengths"] = jnp.clip(kv_lengths.astype(jnp.int32), 1, keys)
         arguments["query_seq_lengths"] = jnp.full((batch,), queries, jnp.int32)

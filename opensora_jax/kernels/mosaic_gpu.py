@@ -5,8 +5,8 @@ two others hold 64 rows each; in the forward pass they take turns, so that one m
 softmax. Forward holds queries and streams keys and values; backward runs once holding queries (dq) and once holding keys
 (dk, dv): nothing is added atomically, results are the same in every run.
 
-Arrays are read and written as [B, L, N*H], without transposes or padded heads: one of 72 lies in fast memory as 64 + 16
-columns. The last 8 of them are the next head's: cleared where the rows are held, so that what streams past may keep them.
+Arrays are read and written as [B, L, N*H], without transposes. TMA addresses them in tiles of 8 rows and 64 columns, and a
+copy that begins within a tile ends with it: so heads are 64 or 128 wide, and lengths that are no multiple of 8 are padded.
 No tile that is written overhangs its array: the last one begins early, and the rows that it shares with its neighbour
 get the same values twice.
 
@@ -32,7 +32,7 @@ from opensora_jax.kernels.xla import HIDDEN
 GROUPS = 2  # warpgroups that compute
 ROWS = 64  # that one of them holds: the height of a wgmma tile
 HELD = GROUPS * ROWS
-ALIGNED = 8  # rows of a swizzled tile
+TILE = (8, 64)  # rows and columns: 128 bytes of half precision, as wgmma reads them
 LOADER_REGISTERS, WORKER_REGISTERS = 40, 232  # of 3 x 168
 
 
@@ -58,23 +58,14 @@ class Options(NamedTuple):
         chosen = dict(self.blocks).get(stage)
         return chosen or Blocks(*gpu_blocks.find("mosaic_gpu", stage, self.head_dim, self.keys))
 
-    @property
-    def pieces(self) -> list[tuple[int, int, int]]:
-        """(first column, width in fast memory, columns that are the head's own): 72 → (0, 64, 64), (64, 16, 8)."""
-        whole = self.head_dim // 64 * 64
-        rest = self.head_dim - whole
-        return [(0, whole, whole)] + ([(whole, max(16, pl.next_power_of_2(rest)), rest)] if rest else [])
-
 
 def supports(call: Call) -> None:
     if spec.chip() != "hopper":
         raise Unsupported("needs a Hopper GPU")
     if call.dtype not in ("bfloat16", "float16"):
         raise Unsupported(f"serves bfloat16 and float16, not {call.dtype}")
-    if call.head_dim % 8 or not 64 <= call.head_dim <= 128:
-        raise Unsupported(f"head_dim {call.head_dim} is not a multiple of 8 from 64 to 128")
-    if call.heads * call.head_dim % 64:
-        raise Unsupported(f"{call.heads} heads of {call.head_dim} are no whole tiles of 64 columns")
+    if call.head_dim not in (64, 128):
+        raise Unsupported(f"heads of {call.head_dim} are not whole tiles: 64 and 128 are served")
     if min(call.queries, call.keys) < HELD:
         raise Unsupported(f"fewer than {HELD} queries or keys do not fill a block")
     call.refuse("bias", "segment_ids", "causal")
@@ -102,7 +93,7 @@ def attention(
         raise Unsupported("mosaic_gpu: a negative scale would turn the largest score into the smallest")
     if kv_mask is not None:
         k_bsnh, v_bsnh, kv_lengths = visible_first(k_bsnh, v_bsnh, kv_mask, kv_lengths)
-    ragged = kv_lengths is not None or keys % ALIGNED != 0
+    ragged = kv_lengths is not None or keys % TILE[0] != 0
     lengths = jnp.full((batch,), keys, jnp.int32) if kv_lengths is None else jnp.clip(kv_lengths, 0, keys)
     options = Options(heads, head_dim, scale, keys, ragged, tuple(blocks), interpret)
     q, k, v = (_flat(x) for x in (q_btnh, k_bsnh, v_bsnh))
@@ -113,7 +104,7 @@ def attention(
 def _flat(x_blnh):
     """[B, L, N*H]; TMA wants whole tiles of 8 rows, so other lengths are copied to the next multiple."""
     x = x_blnh.reshape(*x_blnh.shape[:2], -1)
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % ALIGNED), (0, 0)))
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % TILE[0]), (0, 0)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -159,49 +150,47 @@ class Ops(NamedTuple):
             return lax.broadcasted_iota(jnp.int32, shape, axis)
         return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
-    def spread(self, ref, shape, axis):
-        """A vector of fast memory along `axis` of `shape`."""
-        x = ref[...] if self.interpret else plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(1 - axis))
-        return lax.broadcast_in_dim(x, shape, [axis])
-
-    def tile(self, ref):
-        return ref[...] if self.interpret else plgpu.load(ref, (), layout=plgpu.Layout.WGMMA)
+    def vector(self, ref, axis):
+        """Of fast memory, to lie along `axis` of scores."""
+        return ref[...] if self.interpret else plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(1 - axis))
 
     def scores(self, *pairs, meanwhile=lambda: None):
         """[m, n] a b^T of each pair of tiles; `meanwhile` runs while the tensor cores do."""
         if self.interpret:
             meanwhile()
-            return [sum(_dot(x[...], y[...].T) for x, y in zip(a, b)) for a, b in pairs]
+            return [_dot(a[...], b[...].T) for a, b in pairs]
 
         def issue(*sums):
             for total, (a, b) in zip(sums, pairs):
-                for x, y in zip(a, b):
-                    plgpu.wgmma(total, x, plgpu.transpose_ref(y, (1, 0)))
+                plgpu.wgmma(total, a, plgpu.transpose_ref(b, (1, 0)))
             meanwhile()
             return [total[...] for total in sums]
 
-        shapes = [plgpu.ACC((a[0].shape[0], b[0].shape[0]), jnp.float32) for a, b in pairs]
+        shapes = [plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32) for a, b in pairs]
         return pl.run_scoped(issue, *shapes)
 
     def accumulate(self, *terms):
-        """sums + weights tile for each (sums by piece, weights in registers, tile)."""
+        """sum + weights tile for each (sum, weights in registers, tile)."""
         if self.interpret:
-            return [[x + _dot(weights, y[...]) for x, y in zip(sums, tile)] for sums, weights, tile in terms]
+            return [total + _dot(weights, tile[...]) for total, weights, tile in terms]
 
         def issue(refs):
-            for totals, (_, weights, tile) in zip(refs, terms):
-                for total, y in zip(totals, tile):
-                    plgpu.wgmma(total, weights, y)
+            for ref, (_, weights, tile) in zip(refs, terms):
+                plgpu.wgmma(ref, weights, tile)
 
-        return pl.run_state(issue)([[plgpu.ACC.init(x) for x in sums] for sums, _, _ in terms])
+        return pl.run_state(issue)([plgpu.ACC.init(total) for total, _, _ in terms])
 
 
 def _dot(a, b):
     return lax.dot(a, b, preferred_element_type=jnp.float32)
 
 
+def _along(axis, vector, like):
+    return lax.broadcast_in_dim(vector, like.shape, [axis])
+
+
 class Tiles(NamedTuple):
-    """What a warpgroup works with. A tile is a list of pieces, see `Options.pieces`."""
+    """What a warpgroup works with."""
 
     ops: Ops
     row: Any  # the first that it holds
@@ -232,12 +221,11 @@ def forward(q, k, v, lengths, options):
             if edge:
                 seen = ops.iota(scores.shape, 1) < tiles.length - i * block.rows
                 scores = jnp.where(seen, scores, HIDDEN)
-            along = lambda x, like: lax.broadcast_in_dim(x, like.shape, [0])
             higher = jnp.maximum(peak, scores.max(axis=1) * scale)
             fade = jnp.exp2(peak - higher)
-            weights = jnp.exp2(scores * scale - along(higher, scores))
+            weights = jnp.exp2(scores * scale - _along(0, higher, scores))
             total = total * fade + weights.sum(axis=1)
-            out = [x * along(fade, x) for x in out]
+            out = out * _along(0, fade, out)
             weights = weights.astype(q.dtype)
             # What follows the turn's end must not move before it, nor the softmax behind it.
             out, total, higher, weights = lax.optimization_barrier((out, total, higher, weights))
@@ -248,7 +236,7 @@ def forward(q, k, v, lengths, options):
             return higher, total, out
 
         whole = lax.div(tiles.length, block.rows)
-        start = (ops.full((ROWS,), HIDDEN * scale), ops.full((ROWS,), 0.0), _zeros(ops, options))
+        start = (ops.full((ROWS,), HIDDEN * scale), ops.full((ROWS,), 0.0), ops.full((ROWS, options.head_dim), 0.0))
         group = lax.axis_index("group")
         pl.when(group == 1)(tiles.take_turns)
         carry = lax.fori_loop(0, whole, functools.partial(step, edge=False), start)
@@ -257,7 +245,7 @@ def forward(q, k, v, lengths, options):
         pl.when(group == 0)(tiles.take_turns)
         safe = jnp.where(total > 0, total, 1.0)
         lse = jnp.where(total > 0, peak + jnp.log(safe) * LOG2E, -HIDDEN)
-        return [[x / lax.broadcast_in_dim(safe, x.shape, [0]) for x in out]], [lse]
+        return [out / _along(0, safe, out)], [lse]
 
     return _run("forward", work, (q,), (), (k, v), (), lengths, options, lse=True)
 
@@ -267,28 +255,29 @@ def backward_queries(q, k, v, d_out, lse, delta, lengths, options):
     block = options.block("dq")
 
     def work(tiles):
-        ops = tiles.ops
+        ops, (q, d_out) = tiles.ops, tiles.held
+        lse, delta = (ops.vector(x, 0) for x in tiles.held_rows)
 
         def step(i, carry, edge):
             slot = lax.rem(i, block.stages)
-            (k, v), (q, d_out), (lse, delta) = tiles.streamed(slot), tiles.held, tiles.held_rows
+            k, v = tiles.streamed(slot)
             tiles.wait(0, slot)
             tiles.wait(1, slot)
             scores, d_weights = ops.scores((q, k), (d_out, v))
             tiles.release(1, slot)
-            weights = jnp.exp2(scores * (options.scale * LOG2E) - ops.spread(lse, scores.shape, 0))
+            weights = jnp.exp2(scores * (options.scale * LOG2E) - _along(0, lse, scores))
             if edge:
                 seen = ops.iota(scores.shape, 1) < tiles.length - i * block.rows
                 weights = jnp.where(seen, weights, 0.0)
-            slope = weights * (d_weights - ops.spread(delta, scores.shape, 0))
+            slope = weights * (d_weights - _along(0, delta, scores))
             (carry,) = ops.accumulate((carry, slope.astype(q_dtype), k))
             tiles.release(0, slot)
             return carry
 
         whole, steps = lax.div(tiles.length, block.rows), _ceil_div(tiles.length, block.rows)
-        d_q = lax.fori_loop(0, whole, functools.partial(step, edge=False), _zeros(ops, options))
+        d_q = lax.fori_loop(0, whole, functools.partial(step, edge=False), ops.full((ROWS, options.head_dim), 0.0))
         d_q = lax.fori_loop(whole, steps, functools.partial(step, edge=True), d_q)
-        return [[x * options.scale for x in d_q]], []
+        return [d_q * options.scale], []
 
     q_dtype = q.dtype
     return _run("dq", work, (q, d_out), (lse, delta), (k, v), (), lengths, options)
@@ -299,33 +288,31 @@ def backward_keys(q, k, v, d_out, lse, delta, lengths, options):
     block, dtype = options.block("dkv"), q.dtype
 
     def work(tiles):
-        ops = tiles.ops
+        ops, (k, v) = tiles.ops, tiles.held
 
         def step(i, carry):
             d_k, d_v = carry
             slot = lax.rem(i, block.stages)
-            (q, d_out), (lse, delta), (k, v) = tiles.streamed(slot), tiles.streamed_rows(slot), tiles.held
+            q, d_out = tiles.streamed(slot)
             tiles.wait(0, slot)
             tiles.wait(1, slot)
+            lse, delta = (ops.vector(x, 1) for x in tiles.streamed_rows(slot))
             scores, d_weights = ops.scores((k, q), (v, d_out))
-            weights = jnp.exp2(scores * (options.scale * LOG2E) - ops.spread(lse, scores.shape, 1))
+            weights = jnp.exp2(scores * (options.scale * LOG2E) - _along(1, lse, scores))
             if options.ragged:
                 weights = jnp.where(ops.iota(scores.shape, 0) < tiles.length - tiles.row, weights, 0.0)
-            slope = weights * (d_weights - ops.spread(delta, scores.shape, 1))
+            slope = weights * (d_weights - _along(1, delta, scores))
             d_v, d_k = ops.accumulate((d_v, weights.astype(dtype), d_out), (d_k, slope.astype(dtype), q))
             tiles.release(0, slot)
             tiles.release(1, slot)
             return d_k, d_v
 
         steps = _ceil_div(q.shape[1], block.rows)
-        d_k, d_v = lax.fori_loop(0, steps, step, (_zeros(ops, options), _zeros(ops, options)))
-        return [[x * options.scale for x in d_k], d_v], []
+        zeros = ops.full((ROWS, options.head_dim), 0.0)
+        d_k, d_v = lax.fori_loop(0, steps, step, (zeros, zeros))
+        return [d_k * options.scale, d_v], []
 
     return _run("dkv", work, (k, v), (), (q, d_out), (lse, delta), lengths, options)
-
-
-def _zeros(ops, options):
-    return [ops.full((ROWS, width), 0.0) for _, width, _ in options.pieces]
 
 
 def _ceil_div(a, b):
@@ -333,21 +320,23 @@ def _ceil_div(a, b):
 
 
 def _run(stage, work, held, held_rows, streamed, streamed_rows, lengths, options, lse=False):
-    """One pass. `work(tiles)` gives the results [ROWS, head_dim] (in pieces, at most one for each held operand) of the
-    rows that a warpgroup holds, and vectors of those rows. Vectors are [B, N, L]; each streamed operand has its own."""
+    """One pass. `work(tiles)` gives the results [ROWS, head_dim] (at most one for each held operand) of the rows that a
+    warpgroup holds, and vectors of those rows. Vectors are [B, N, L]; each streamed operand has its own."""
     block = options.block(stage)
     batch, count, _ = held[0].shape
     ops, dtype = Ops(bool(options.interpret)), held[0].dtype
     results = len(held) if stage == "dkv" else 1
-    arrivals = len(options.pieces) + bool(streamed_rows)
 
     def body(*refs):
         operands, outputs, scratch = refs[: len(arrays)], refs[len(arrays) : -1], refs[-1]
         held_ref, held_rows_ref, streamed_ref, streamed_rows_ref, (lengths_ref,) = _split(operands, groups)
-        spaces, row_spaces, stream, row_stream, tails, vectors, barriers = scratch
+        spaces, row_spaces, stream, row_stream, vectors, barriers = scratch
         here, there, free, turn = barriers
         sample, head, index = (lax.axis_index(name) for name in ("batch", "heads", "rows"))
         group, length = lax.axis_index("group"), lengths_ref[sample]
+        rows_of = lambda ref, row, rows: ref.at[
+            sample, pl.ds(row, rows), pl.ds(head * options.head_dim, options.head_dim)
+        ]
         steps = _ceil_div(streamed[0].shape[1] if stage == "dkv" else length, block.rows)
 
         @pl.when(group == GROUPS)
@@ -359,8 +348,7 @@ def _run(stage, work, held, held_rows, streamed, streamed_rows, lengths, options
                 slot, row = lax.rem(i, block.stages), i * block.rows
                 for n, ref in enumerate(streamed_ref):
                     pl.when(i >= block.stages)(lambda n=n: plgpu.barrier_wait(free[n].at[slot]))
-                    pieces = [x.at[slot] for x in stream[n]]
-                    _bring(ref, (sample, head, row), block.rows, pieces, there[n].at[slot], options)
+                    plgpu.copy_gmem_to_smem(rows_of(ref, row, block.rows), stream[n].at[slot], there[n].at[slot])
                     if streamed_rows_ref:
                         source = streamed_rows_ref[n].at[sample, head, pl.ds(row, block.rows)]
                         plgpu.copy_gmem_to_smem(source, row_stream[n].at[slot], there[n].at[slot])
@@ -374,14 +362,12 @@ def _run(stage, work, held, held_rows, streamed, streamed_rows, lengths, options
         def _work():
             plgpu.set_max_registers(WORKER_REGISTERS, action="increase")
             row = lax.min(index * HELD, count - HELD) + group * ROWS
-            mine = [[x.at[group] for x in space] for space in spaces]
+            mine = [space.at[group] for space in spaces]
             for ref, tile in zip(held_ref, mine):
-                _bring(ref, (sample, head, row), ROWS, tile, here.at[group], options)
+                plgpu.copy_gmem_to_smem(rows_of(ref, row, ROWS), tile, here.at[group])
             for ref, space in zip(held_rows_ref, row_spaces):
                 plgpu.copy_gmem_to_smem(ref.at[sample, head, pl.ds(row, ROWS)], space.at[group], here.at[group])
             plgpu.barrier_wait(here.at[group])
-            for tile in mine:
-                _clear_tail(tile, ops, options)
 
             def take_turns():
                 plgpu.barrier_arrive(turn)
@@ -389,42 +375,41 @@ def _run(stage, work, held, held_rows, streamed, streamed_rows, lengths, options
 
             tiles = Tiles(
                 ops, row, length, mine, [x.at[group] for x in row_spaces],
-                lambda slot: [[x.at[slot] for x in space] for space in stream],
+                lambda slot: [x.at[slot] for x in stream],
                 lambda slot: [x.at[slot] for x in row_stream],
                 lambda n, slot: plgpu.barrier_wait(there[n].at[slot]),
                 lambda n, slot: plgpu.barrier_arrive(free[n].at[slot]),
                 take_turns,
             )  # fmt: skip
             tiles_out, vectors_out = work(tiles)
-            for n, tile in enumerate(tiles_out):
-                _put(tile, mine[n], [x.at[group] for x in tails[n]], options)
+            for space, x in zip(mine, tiles_out):
+                space[...] = x.astype(dtype)
             for space, x in zip(vectors, vectors_out):
                 space.at[group][...] = x
             plgpu.commit_smem()
-            for n, ref in enumerate(outputs[:results]):
-                _take(mine[n], [x.at[group] for x in tails[n]], ref, (sample, head, row), options)
+            for space, ref in zip(mine, outputs[:results]):
+                plgpu.copy_smem_to_gmem(space, rows_of(ref, row, ROWS))
             for space, ref in zip(vectors, outputs[results:]):
                 plgpu.copy_smem_to_gmem(space.at[group], ref.at[sample, head, pl.ds(row, ROWS)])
             plgpu.wait_smem_to_gmem(0)
 
     groups = (held, held_rows, streamed, streamed_rows, (lengths,))
     arrays = [x for group in groups for x in group]
-    tile_space = functools.partial(_tile_space, options, dtype)
+    swizzled = (plgpu.TilingTransform(TILE), plgpu.SwizzleTransform(128))
+    tile_space = lambda *rows: plgpu.SMEM((*rows, options.head_dim), dtype, transforms=swizzled)
     vector = lambda *shape: plgpu.SMEM(shape, jnp.float32)
     padded = pl.cdiv(count, HELD) * HELD
     out_type = [jax.ShapeDtypeStruct(held[0].shape, dtype)] * results
     out_type += [jax.ShapeDtypeStruct((batch, options.heads, padded), jnp.float32)] if lse else []
-    tail = [plgpu.SMEM((GROUPS, ROWS, real), dtype) for _, width, real in options.pieces if real < width]
     scratch = (
         [tile_space(GROUPS, ROWS) for _ in held],
         [vector(GROUPS, ROWS) for _ in held_rows],
         [tile_space(block.stages, block.rows) for _ in streamed],
         [vector(block.stages, block.rows) for _ in streamed_rows],
-        [tail] * results,
         [vector(GROUPS, ROWS)] if lse else [],
         (
-            plgpu.Barrier(num_arrivals=len(held) * len(options.pieces) + len(held_rows), num_barriers=GROUPS),
-            [plgpu.Barrier(num_arrivals=arrivals, num_barriers=block.stages) for _ in streamed],
+            plgpu.Barrier(num_arrivals=len(held) + len(held_rows), num_barriers=GROUPS),
+            [plgpu.Barrier(num_arrivals=1 + bool(streamed_rows), num_barriers=block.stages) for _ in streamed],
             [plgpu.Barrier(num_arrivals=GROUPS, num_barriers=block.stages) for _ in streamed],
             plgpu.Barrier(num_arrivals=GROUPS),
         ),
@@ -452,47 +437,3 @@ def _split(refs, groups):
         out.append(refs[: len(group)])
         refs = refs[len(group) :]
     return out
-
-
-def _tile_space(options, dtype, *leading):
-    """Fast memory of tiles [*leading, head_dim], in the swizzled rows of at most 128 bytes that wgmma reads."""
-    spaces = []
-    for _, width, _ in options.pieces:
-        columns = min(width, 64)
-        transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * 2))
-        spaces.append(plgpu.SMEM((*leading, width), dtype, transforms=transforms))
-    return spaces
-
-
-def _bring(ref, place, rows, tile, barrier, options):
-    """Rows of one head, on their way to fast memory; zeros come from beyond the array."""
-    sample, head, row = place
-    for (start, width, _), target in zip(options.pieces, tile):
-        source = ref.at[sample, pl.ds(row, rows), pl.ds(head * options.head_dim + start, width)]
-        plgpu.copy_gmem_to_smem(source, target, barrier)
-
-
-def _clear_tail(tile, ops, options):
-    """Zeros instead of the next head's columns."""
-    (_, width, real), ref = options.pieces[-1], tile[-1]
-    if real < width:
-        x = ops.tile(ref)
-        ref[...] = jnp.where(ops.iota(x.shape, 1) < real, x, jnp.zeros_like(x))
-        plgpu.commit_smem()
-
-
-def _put(tile, spaces, tails, options):
-    """Results to fast memory; of a padded piece only the head's own columns."""
-    for (_, width, real), x, space in zip(options.pieces, tile, spaces):
-        if real < width:
-            tails[0][...] = x[:, :real].astype(tails[0].dtype)
-        else:
-            space[...] = x.astype(space.dtype)
-
-
-def _take(spaces, tails, ref, place, options):
-    """Results from fast memory to their array."""
-    sample, head, row = place
-    for (start, width, real), space in zip(options.pieces, spaces):
-        target = ref.at[sample, pl.ds(row, ROWS), pl.ds(head * options.head_dim + start, real)]
-        plgpu.copy_smem_to_gmem(tails[0] if real < width else space, target)

@@ -16,6 +16,17 @@ def relative(ours, reference) -> float:
     return float(np.abs(ours - reference).max() / max(np.abs(reference).max(), 1e-30))
 
 
+def both(run, cotangent, *arrays):
+    """The output and the gradients of the arrays, compiled as one (a property test meets many shapes)."""
+
+    @jax.jit
+    def call(cotangent, *arrays):
+        out, pull = jax.vjp(run, *arrays)
+        return out, pull(cotangent)
+
+    return call(cotangent, *arrays)
+
+
 def check(case, dtype: str, run):
     """`run(*arrays, **options)` on a case: the output, and gradients of arrays and norm weights."""
     arrays, extras = case.inputs(dtype=jnp.dtype(dtype))
@@ -24,12 +35,8 @@ def check(case, dtype: str, run):
     wide = [np.asarray(x.astype(jnp.float32)) for x in arrays]
     cotangent = jax.random.normal(jax.random.key(3), exact(*wide, **norm, **extras).shape).astype(dtype)
 
-    @jax.jit
-    def both(cotangent, norm, *arrays):
-        out, pull = jax.vjp(lambda norm, *arrays: run(*arrays, **norm, **extras), norm, *arrays)
-        return out, pull(cotangent)
-
-    out, gradients = both(cotangent, norm, *arrays)
+    attend = lambda norm, *arrays: run(*arrays, **norm, **extras)
+    out, gradients = both(attend, cotangent, norm, *arrays)
     assert out.dtype == jnp.dtype(dtype)
     assert relative(out, exact(*wide, **norm, **extras)) < FORWARD[dtype]
     expected = gradients64(exact, cotangent.astype(jnp.float32), norm, tuple(wide), **extras)

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opensora_jax.kernels import attention as dispatch
-from opensora_jax.kernels import xla
+from opensora_jax.kernels import cudnn, xla
 from opensora_jax.kernels.attention import attention
 from opensora_jax.kernels.spec import Unsupported
 from opensora_jax.kernels.stdit import stdit_attention
 from opensora_jax.kernels.visible import visible_first
 from tests.kernels.cases import BY_NAME
-from tests.kernels.compare import check
+from tests.kernels.compare import both, check
 from tests.kernels.reference import attention64, gradients64
 
 B, T, S, N, H = 2, 10, 7, 3, 8
@@ -77,7 +77,7 @@ def test_reference_and_its_gradients_match_float64(name, dtype):
     check(case, dtype, functools.partial(stdit_attention if case.fused else attention, implementation="xla"))
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.integers(1, 20), st.integers(1, 20), st.booleans(), st.data())
 def test_any_shape_length_and_mask(queries, keys, causal, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
@@ -87,9 +87,9 @@ def test_any_shape_length_and_mask(queries, keys, causal, data):
         options["kv_mask"] = rng.random((2, keys)) < 0.7
     if data.draw(st.booleans()):
         options["bias"] = rng.normal(size=(1, 2, queries, keys)).astype(np.float32)
-    out, pull = jax.vjp(functools.partial(attention, implementation="xla", **options), q, k, v)
+    out, found = both(functools.partial(attention, implementation="xla", **options), cotangent, q, k, v)
     np.testing.assert_allclose(out, attention64(q, k, v, **options), rtol=0, atol=5e-6)
-    for ours, exact in zip(pull(cotangent), gradients64(attention64, cotangent, {}, (q, k, v), **options)[1:]):
+    for ours, exact in zip(found, gradients64(attention64, cotangent, {}, (q, k, v), **options)[1:]):
         np.testing.assert_allclose(ours, exact, rtol=0, atol=2e-5)
 
 
@@ -104,10 +104,39 @@ def test_a_mask_becomes_lengths_when_visible_keys_come_first():
         k, v, count = visible_first(k, v, mask, lengths)
         return attention(q, k, v, kv_lengths=count)
 
-    out, pull = jax.vjp(run, q, k, v)
+    out, found = both(run, cotangent, q, k, v)
     options = {"kv_mask": mask, "kv_lengths": lengths}
     np.testing.assert_allclose(out, attention64(q, k, v, **options), rtol=0, atol=2e-6)
-    for ours, exact in zip(pull(cotangent), gradients64(attention64, cotangent, {}, (q, k, v), **options)[1:]):
+    for ours, exact in zip(found, gradients64(attention64, cotangent, {}, (q, k, v), **options)[1:]):
+        np.testing.assert_allclose(ours, exact, rtol=0, atol=5e-6)
+
+
+BLIND = np.array([[True, False, True, True, False, False, True], [False] * S])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        OPTIONS["lengths"],
+        OPTIONS["bias row"],
+        {"kv_mask": BLIND},
+        {"kv_mask": BLIND, "kv_lengths": np.array([6, 3])},
+        {"kv_mask": BLIND, **OPTIONS["bias"]},
+        {"causal": True, "kv_lengths": np.array([0, 5])},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_what_cudnn_is_told_means_the_same(options, monkeypatch):
+    """jax's own implementation stands for cuDNN's: the same arguments, no GPU."""
+    library = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *args, **kwargs: library(*args, **kwargs | {"implementation": "xla"})
+    )
+    q, k, v = draw(5)
+    cotangent = jax.random.normal(jax.random.key(6), q.shape)
+    out, found = both(functools.partial(cudnn.attention, scale=H**-0.5, **options), cotangent, q, k, v)
+    np.testing.assert_allclose(out, attention64(q, k, v, **options), rtol=0, atol=2e-6)
+    for ours, exact in zip(found, gradients64(attention64, cotangent, {}, (q, k, v), **options)[1:]):
         np.testing.assert_allclose(ours, exact, rtol=0, atol=5e-6)
 
 
