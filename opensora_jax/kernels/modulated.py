@@ -1,9 +1,10 @@
 """The two halves of a DiT block around its attention, which start with a modulated norm (adaLN).
 
     qkv = linear(x_btsc, shift, scale, kernel, bias)                        # h W + b,  h = norm(x) (1 + scale) + shift
+    qkv = linear(x_btsc, shift, None, kernel, bias)                         # h W + b,  h = x + shift, no norm
     x = mlp(x_btsc, shift, scale, gate, (kernel1, bias1), (kernel2, bias2))  # x + gate (gelu(h W1 + b1) W2 + b2)
 
-Shift, scale and gate are [B, 1 or T, 1, C] in float32, the norm is a layer norm without weights, the activation the
+Shift, scale and gate are [B or 1, 1 or T, 1, C], the norm is a layer norm without weights, the activation the
 tanh form of GELU. On a TPU without differentiation each is one kernel: the norm's passes over the stream and the MLP's
 hidden activations stay in fast memory. Where gradients are taken, and elsewhere, XLA runs the composition below.
 """
@@ -44,6 +45,8 @@ def composed_mlp(x, shift, scale, gate, first, second, *, eps):
 
 
 def _modulated(x, shift, scale, eps):
+    if scale is None:
+        return x + shift.astype(x.dtype)
     x32 = x.astype(jnp.float32)
     mean = x32.mean(-1, keepdims=True)
     variance = jnp.square(x32 - mean).mean(-1, keepdims=True)

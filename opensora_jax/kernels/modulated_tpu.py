@@ -61,14 +61,15 @@ def mlp(x, shift, scale, gate, first, second, *, eps, interpret=None):
 def _call(kernel, x, vectors, layers, outputs, scratch, eps, interpret):
     batch, frames, positions, channels = x.shape
     block = Block.of(frames, positions)
-    vectors = [v.astype(jnp.float32) for v in vectors]
+    vectors = [v.astype(jnp.float32) for v in vectors if v is not None]
     weights = [a for w, b in layers for a in (w.astype(x.dtype), b.astype(jnp.float32)[None])]
     rows = lambda width: pl.BlockSpec((1, block.frames, block.positions, width), lambda b, i, j: (b, i, j, 0))
 
     def vector(v):
-        if v.shape[1] == 1:
-            return pl.BlockSpec((1, 1, 1, channels), lambda b, i, j: (b, 0, 0, 0))
-        return pl.BlockSpec((1, block.frames, 1, channels), lambda b, i, j: (b, i, 0, 0))
+        shared, frames = v.shape[0] == 1, 1 if v.shape[1] == 1 else block.frames
+        return pl.BlockSpec(
+            (1, frames, 1, channels), lambda b, i, j: (0 if shared else b, 0 if v.shape[1] == 1 else i, 0, 0)
+        )
 
     whole = lambda a: pl.BlockSpec(a.shape, lambda *_: (0, 0), pipeline_mode=pl.Buffered(1))
     bf16 = lambda width: pltpu.VMEM((block.rows, width), x.dtype)
@@ -87,7 +88,7 @@ def _call(kernel, x, vectors, layers, outputs, scratch, eps, interpret):
 
 def _linear_kernel(x_ref, vectors, weights, o_ref, h_ref, *, eps):
     kernel, bias = weights
-    h_ref[...] = _modulated(x_ref, *vectors, eps)
+    h_ref[...] = _modulated(x_ref, *vectors, eps=eps)
 
     def columns(at):
         y = dot(h_ref[...], kernel[:, at]) + bias[:, at]
@@ -99,7 +100,7 @@ def _linear_kernel(x_ref, vectors, weights, o_ref, h_ref, *, eps):
 def _mlp_kernel(x_ref, vectors, weights, o_ref, h_ref, hidden_ref, *, eps):
     shift, scale, gate = vectors
     kernel1, bias1, kernel2, bias2 = weights
-    h_ref[...] = _modulated(x_ref, shift, scale, eps)
+    h_ref[...] = _modulated(x_ref, shift, scale, eps=eps)
 
     def hidden(at):
         y = dot(h_ref[...], kernel1[:, at]) + bias1[:, at]
@@ -114,9 +115,11 @@ def _mlp_kernel(x_ref, vectors, weights, o_ref, h_ref, hidden_ref, *, eps):
     each_slice(kernel2.shape[1], columns)
 
 
-def _modulated(x_ref, shift, scale, eps):
+def _modulated(x_ref, shift, scale=None, *, eps):
     """[rows, C]."""
     x = x_ref[0].astype(jnp.float32)
+    if scale is None:
+        return (x + shift[0]).astype(x_ref.dtype).reshape(-1, x.shape[-1])
     x = x - x.mean(-1, keepdims=True)
     x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
     return (x * (1 + scale[0]) + shift[0]).astype(x_ref.dtype).reshape(-1, x.shape[-1])

@@ -101,7 +101,7 @@ class Block(nnx.Module):
         x = sequence.by_position(x + gated(h, gate, keep[0]))
 
         # As released: no norm, no modulation, and the spatial gate of the sampled timestep, also on condition frames.
-        h = self.attn_temp(x + frame_positions, mode="temporal")
+        h = self.attn_temp(x, mode="temporal", modulation=(frame_positions[None], None))
         x = x + gated(h, table_rows(table, unmasked)[2], keep[1])
 
         x = x + self.cross_attn(x.reshape(x.shape[0], -1, x.shape[-1]), **text).reshape(x.shape)

@@ -46,7 +46,8 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x_btsc, *, mode: str, rope=None, kv_mask=None, visible=None, modulation=None):
         """visible: [S] numpy bool, tokens that are no padding (mode "full"). modulation: (shift, scale), each [B, 1 or T,
-        1, C], where x is the bare stream: it is normalised (no weights, eps 1e-6) and modulated first."""
+        1, C], where x is the bare stream: it is normalised (no weights, eps 1e-6) and modulated first. Without a scale
+        it is only shifted."""
         if mode == "full" and shares() > 1:
             out = full_attention(*self.project(x_btsc[:, 0]), visible=visible).reshape(x_btsc.shape)
         else:

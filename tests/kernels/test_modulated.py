@@ -41,6 +41,10 @@ def test_matches_float64(frames, positions, vectors):
     assert ours.dtype == jnp.bfloat16 and relative(ours.astype(jnp.float32), mlp) < FORWARD["bfloat16"]
     ours = modulated.linear(x, shift, scale, *first, implementation="pallas_tpu")
     assert relative(ours.astype(jnp.float32), linear) < FORWARD["bfloat16"]
+    ours, reference = (
+        modulated.linear(x, shift[:1], None, *first, implementation=name) for name in ("pallas_tpu", "xla")
+    )
+    assert relative(ours.astype(jnp.float32), reference.astype(jnp.float32)) < FORWARD["bfloat16"]
 
 
 def test_composition_matches_float64():
