@@ -53,9 +53,7 @@ class Sequence:
         if self.ways == 1:
             return x
         x = _padded(x, 2, self.ways)
-        x = self._exchange(x.reshape(*x.shape[:2], self.ways, -1, x.shape[-1]).transpose(2, 0, 1, 3, 4))
-        _, batch, frames, positions, channels = x.shape
-        x = x.swapaxes(0, 1).reshape(batch, self.ways * frames, positions, channels)
+        x = jax.lax.all_to_all(x, self.axes, split_axis=2, concat_axis=1, tiled=True)
         return checkpoint_name(x[:, : self.frames], "switched")
 
     def by_frame(self, x):
@@ -63,15 +61,8 @@ class Sequence:
         if self.ways == 1:
             return x
         x = _padded(x, 1, self.ways)
-        x = self._exchange(x.reshape(x.shape[0], self.ways, -1, *x.shape[2:]).swapaxes(0, 1))
-        _, batch, frames, positions, channels = x.shape
-        x = x.transpose(1, 2, 0, 3, 4).reshape(batch, frames, self.ways * positions, channels)
+        x = jax.lax.all_to_all(x, self.axes, split_axis=1, concat_axis=2, tiled=True)
         return checkpoint_name(x[:, :, : self.rows * self.columns], "switched")
-
-    def _exchange(self, x):
-        """[ways, B, frames, positions, C]: parts for each device → parts from each. Written out so that what the exchange
-        moves within a device are whole [positions, C] tiles: left to the compiler, its copies on a TPU take twice as long."""
-        return jax.lax.all_to_all(x, self.axes, split_axis=0, concat_axis=0, tiled=True)
 
     def run(self, share: Callable, module: nnx.Module, framed: tuple, given: dict, names: dict | None = None):
         """share(module, self, *framed, **given), on every device for its samples and frames → [B, frames, S, ...],
