@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from opensora_jax.plan import chips
+from opensora_jax.plan import chips, hlo
 from opensora_jax.plan.bundles import of_kernel
 from opensora_jax.plan.libtpu import QUIET, dump_to
 
@@ -35,7 +35,8 @@ REPRESENTATIVE = (
 
 
 def compile_case(name: str, chip: str, backward: bool) -> None:
-    """In a process of its own: compiles one case for one chip; the schedule lands in the dump folder."""
+    """In a process of its own: compiles one case for one chip, forward between its two projections; the schedule lands in
+    the dump folder."""
     import functools
     from dataclasses import replace
 
@@ -49,16 +50,28 @@ def compile_case(name: str, chip: str, backward: bool) -> None:
 
     case = next(case for case in real_cases() if case.name == name)
     extras = replace(case, **{"queries" if case.kind == "spatial" else "keys": 1}).inputs()[1]
-    shape = jax.ShapeDtypeStruct((case.batch, case.queries, case.keys, 3 * case.heads * case.head_dim), "bfloat16")
-    run = functools.partial(stdit_attention, implementation="pallas_tpu", **extras)
+    width = case.heads * case.head_dim
+    array = lambda *dims: jax.ShapeDtypeStruct(dims, "bfloat16")
+    tokens = (case.batch, case.queries, case.keys)
+    attend = functools.partial(stdit_attention, implementation="pallas_tpu", **extras)
     if backward:
-        forward = run
-        run = lambda x: jax.vjp(forward, x)[1](x[..., : x.shape[-1] // 3])
+        run, shapes = lambda x: jax.vjp(attend, x)[1](x[..., :width]), [array(*tokens, 3 * width)]
+    else:
+        run = lambda x, qkv, out: attend(x @ qkv) @ out
+        shapes = [array(*tokens, width), array(width, 3 * width), array(width, width)]
     device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices[0]
     place = SingleDeviceSharding(device)
     with spec.target(chip):
-        traced = jax.jit(run, in_shardings=place, out_shardings=place).trace(shape)
-        traced.lower(lowering_platforms=("tpu",)).compile()
+        traced = jax.jit(run, in_shardings=place, out_shardings=place).trace(*shapes)
+        text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    print(json.dumps(relayouts(text)))
+
+
+def relayouts(text: str) -> list[str]:
+    """Pads, copies and transposes above 1 MB in a compiled program, inside fusions too. Prefetches of weights into fast
+    memory (copy-start) change no layout."""
+    ops = (op for op, _, _ in hlo.parse(text).walk() if op.opcode in ("pad", "copy", "transpose"))
+    return [f"{op.opcode} {op.type}" for op in ops if sum(size for _, size in hlo.arrays(op.type)) > 1 << 20]
 
 
 def estimate(case, chip: str, backward: bool) -> dict:
@@ -71,6 +84,7 @@ def estimate(case, chip: str, backward: bool) -> dict:
         if done.returncode:
             return {"refused": done.stderr.strip().splitlines()[-1][:200]}
         schedule = of_kernel(Path(folder), f"stdit_{case.kind}" + "_backward" * backward)
+        moved = json.loads(done.stdout.splitlines()[-1])
     clock, bandwidth = chips.CHIPS[chip].clock, chips.CHIPS[chip].bandwidth
     floor = case.bytes() * (7 / 4 if backward else 1) / bandwidth * 1e3
     kernel = schedule.cycles(1 if backward else steps_per_row(case)) / clock * 1e3
@@ -79,6 +93,7 @@ def estimate(case, chip: str, backward: bool) -> dict:
         "floor_ms": floor,
         "spills_of_slots": schedule.spills_of_slots,
         "spills_of_stores": schedule.spills_of_stores,
+        "relayouts": moved,
     }
 
 
@@ -101,8 +116,11 @@ def report(arguments) -> int:
     wanted = getattr(arguments, "chips", None) or ["v6e", "v5e"]
     everything = getattr(arguments, "all", False)
     records = []
-    print("| case | pass | chip | kernel ms (ESTIMATE) | memory floor ms | ratio | spills of store slots | of stores |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| case | pass | chip | kernel ms (ESTIMATE) | memory floor ms | ratio | spills of store slots | of stores | "
+        "pads, copies, transposes above 1 MB |"
+    )
+    print("|" + "---|" * 9)
     for case in real_cases():
         if not case.fused or arguments.cases not in case.name or not (everything or case.name in REPRESENTATIVE):
             continue
@@ -114,7 +132,7 @@ def report(arguments) -> int:
                 cells = [record["refused"]] if "refused" in record else [
                     f"{record['kernel_ms']:.3f}", f"{record['floor_ms']:.3f}",
                     f"{record['kernel_ms'] / record['floor_ms']:.2f}", f"{record['spills_of_slots']:.0%}",
-                    f"{record['spills_of_stores']:.0%}",
+                    f"{record['spills_of_stores']:.0%}", str(len(record["relayouts"])),
                 ]  # fmt: skip
                 print("| " + " | ".join([case.name, stage, chip, *cells]) + " |", flush=True)
     if arguments.json:

@@ -74,7 +74,8 @@ def supports(call: Call) -> None:
 def _forward_bytes(size, channels, itemsize):
     padded = -(-size // LANES) * LANES
     rows = 4 * channels * itemsize + 2 * 2 * channels * itemsize  # double-buffered k and v, prepared k and v
-    return padded * rows + 8 * QUERY_BLOCK["forward"] * (channels * itemsize + padded)
+    scores = 2 * 4 + itemsize  # of one head, with those of the next and the weights of the one before
+    return padded * rows + QUERY_BLOCK["forward"] * (8 * channels * itemsize + scores * padded)
 
 
 def stdit_attention(
@@ -179,7 +180,7 @@ def rows_shown(problem, extras, valid):
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, extras, o_ref, keys, values, *, problem):
-    heads, rows = problem.heads, problem.block
+    heads = problem.heads
     dtype = q_ref.dtype
 
     @pl.when(pl.program_id(1) == 0)
@@ -190,24 +191,39 @@ def _forward_kernel(q_ref, k_ref, v_ref, extras, o_ref, keys, values, *, problem
         for head in range(heads.count):
             own = heads.own(head, padded)
             k = own_float(reader(k_ref, 0, heads), heads, head, padded, valid)
-            k = _prepare(problem, extras, head, 1, 0, padded, dtype).forward(k)
+            k = _prepare(problem, extras, head, 1, 0, padded, dtype).forward(k) * problem.scale
             keys[head] = hide_keys(k, head, problem, extras, valid).astype(dtype)
             v = jnp.where(own, heads.gather(reader(v_ref, 0, heads), head), jnp.ones((), dtype))
             values[head] = v if visible is None else jnp.where(visible, v, jnp.zeros((), dtype))
 
     tiles = [None] * heads.tiles
-    first = pl.program_id(1) * rows
-    for head in range(heads.count):
-        q = own_float(reader(q_ref, 0, heads), heads, head, rows, None)
-        q = _prepare(problem, extras, head, 0, first, rows, dtype).forward(q) * problem.scale
-        q = at_lane(q, heads.spare(head), 1.0).astype(dtype)
-        scores = dot(q, keys[head], ROWS_BY_ROWS)
-        weights = jnp.exp2(scores - scores.max(-1, keepdims=True)).astype(dtype)
-        out = dot(weights, values[head])
-        total = out[:, heads.spare(head) : heads.spare(head) + 1]
-        heads.scatter(tiles, head, out * (1.0 / jnp.maximum(total, TINY)))
+    scores, weights = {}, {}
+    # One head's products run beside the softmax of the head before and the output of the one before that.
+    for starting in range(heads.count + 2):
+        between, ending = starting - 1, starting - 2
+        if starting < heads.count:
+            scores[starting] = dot(_queries(q_ref, problem, extras, starting), keys[starting], ROWS_BY_ROWS)
+        if between in scores:
+            x = scores.pop(between)
+            weights[between] = jnp.exp2(x - x.max(-1, keepdims=True)).astype(dtype)
+        if ending in weights:
+            out = dot(weights.pop(ending), values[ending])
+            total = out[:, heads.spare(ending) : heads.spare(ending) + 1]
+            heads.scatter(tiles, ending, out * (1.0 / jnp.maximum(total, TINY)))
     for tile, x in enumerate(tiles):
         o_ref[0, :, tile * LANES : (tile + 1) * LANES] = x.astype(dtype)
+
+
+def _queries(q_ref, problem, extras, head):
+    """Prepared queries of a head, with a one where hidden keys have their logit; the scale is in the keys."""
+    heads, rows, dtype = problem.heads, problem.block, q_ref.dtype
+    read, spare = reader(q_ref, 0, heads), heads.spare(head)
+    if "norm" not in extras and "rope" not in extras:
+        one = jnp.where(jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1) == spare, 1.0, 0.0).astype(dtype)
+        return jnp.where(heads.own(head, rows), heads.gather(read, head), one)
+    q = own_float(read, heads, head, rows, None)
+    q = _prepare(problem, extras, head, 0, pl.program_id(1) * rows, rows, dtype).forward(q)
+    return at_lane(q, spare, 1.0).astype(dtype)
 
 
 def forward_call(q, k, v, lanes, extras, problem):

@@ -20,8 +20,7 @@ from opensora_jax.nn.embeddings import CaptionEmbedder, PatchEmbed3D, SizeEmbedd
 from opensora_jax.nn.final_layer import T2IFinalLayer
 from opensora_jax.nn.linear import Linear, normal, zeros
 from opensora_jax.nn.mlp import MLP
-from opensora_jax.nn.modulate import by_frame, drop_path, gated, modulate, table_rows
-from opensora_jax.nn.norms import LayerNorm
+from opensora_jax.nn.modulate import by_frame, drop_path, gated, modulated_mlp, table_rows
 from opensora_jax.nn.params import Fixed
 from opensora_jax.nn.positions import grid_sincos, resolution_scale, rope_frequencies, rope_table
 from opensora_jax.nn.stack import run_stack, stack
@@ -92,9 +91,6 @@ class Block(nnx.Module):
         self.attn_temp = SelfAttention(width, heads, init_out=zeros, **qk, **kwargs)
         self.cross_attn = CrossAttention(width, heads, init_out=zeros, **kwargs)
         self.mlp = MLP(width, int(width * cfg.mlp_ratio), **kwargs)
-        self.norm1 = LayerNorm(width, affine=False)
-        self.norm_temp = LayerNorm(width, affine=False)
-        self.norm2 = LayerNorm(width, affine=False)
         self.scale_shift_table = scale_shift_table(6, width, cfg.param_dtype, rngs)
         self.scale_shift_table_temporal = scale_shift_table(3, width, cfg.param_dtype, rngs)
 
@@ -104,17 +100,16 @@ class Block(nnx.Module):
         keep = (None, None, None) if keep is None else keep
         table = self.scale_shift_table[...]
         shift, scale, gate = table_rows(table, spatial[0])[:3]
-        h = self.attn(modulate(self.norm1(x), shift, scale), mode="spatial")
+        h = self.attn(x, mode="spatial", modulation=(shift, scale))
         x = sequence.by_position(x + gated(h, gate, keep[0]))
 
         shift, scale, gate = table_rows(self.scale_shift_table_temporal[...], temporal)
-        h = self.attn_temp(modulate(self.norm_temp(x), shift, scale), mode="temporal", rope=rope)
+        h = self.attn_temp(x, mode="temporal", rope=rope, modulation=(shift, scale))
         x = x + gated(h, gate, keep[1])
 
         x = x + self.cross_attn(x.reshape(x.shape[0], -1, x.shape[-1]), **text).reshape(x.shape)
         shift, scale, gate = table_rows(table, spatial[1])[3:]
-        h = self.mlp(modulate(self.norm2(x), shift, scale))
-        return sequence.by_frame(constrain(x + gated(h, gate, keep[2]), "batch"))
+        return sequence.by_frame(constrain(modulated_mlp(x, self.mlp, shift, scale, gate, keep[2]), "batch"))
 
 
 class STDiT2(nnx.Module):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from opensora_jax.kernels import modulated
 from opensora_jax.kernels.attention import attention
 from opensora_jax.kernels.full import full_attention, shares
 from opensora_jax.kernels.stdit import stdit_attention
@@ -43,13 +44,15 @@ class SelfAttention(nnx.Module):
         self.q_norm = RMSNorm(features // heads, param_dtype=param_dtype) if qk_norm else None
         self.k_norm = RMSNorm(features // heads, param_dtype=param_dtype) if qk_norm else None
 
-    def __call__(self, x_btsc, *, mode: str, rope=None, kv_mask=None, visible=None):
-        """visible: [S] numpy bool, tokens that are no padding (mode "full")."""
+    def __call__(self, x_btsc, *, mode: str, rope=None, kv_mask=None, visible=None, modulation=None):
+        """visible: [S] numpy bool, tokens that are no padding (mode "full"). modulation: (shift, scale), each [B, 1 or T,
+        1, C], where x is the bare stream: it is normalised (no weights, eps 1e-6) and modulated first. Without a scale
+        it is only shifted."""
         if mode == "full" and shares() > 1:
             out = full_attention(*self.project(x_btsc[:, 0]), visible=visible).reshape(x_btsc.shape)
         else:
             out = stdit_attention(
-                self.qkv(x_btsc),
+                self.qkv(x_btsc) if modulation is None else self._modulated_qkv(x_btsc, *modulation),
                 num_heads=self.heads,
                 mode="spatial" if mode == "full" else mode,
                 q_scale=None if self.q_norm is None else self.q_norm.scale[...],
@@ -59,6 +62,11 @@ class SelfAttention(nnx.Module):
                 kv_mask=kv_mask,
             )
         return self.proj(checkpoint_name(out, "attention_out"))
+
+    def _modulated_qkv(self, x_btsc, shift, scale):
+        kernel = self.qkv.kernel[...]
+        bias = jnp.zeros(kernel.shape[1], kernel.dtype) if self.qkv.bias is None else self.qkv.bias[...]
+        return modulated.linear(x_btsc, shift, scale, kernel, bias)
 
     def project(self, x_bnc):
         """q, k, v [B, N, heads, head_dim], q and k normalised; without rotation."""

@@ -7,7 +7,7 @@ from flax import nnx
 from opensora_jax.nn.attention import CrossAttention, SelfAttention
 from opensora_jax.nn.linear import Linear, zeros
 from opensora_jax.nn.mlp import MLP
-from opensora_jax.nn.modulate import gated, modulate, rows, table_rows
+from opensora_jax.nn.modulate import gated, modulate, modulated_mlp, rows, table_rows
 from opensora_jax.nn.norms import LayerNorm
 from opensora_jax.parallel.shard import constrain
 
@@ -30,7 +30,6 @@ class TextBlock(nnx.Module):
         self.cross_attn = CrossAttention(width, heads, init_out=init_cross, **kwargs)
         self.mlp = MLP(width, int(width * mlp_ratio), init_out=init_mlp, **kwargs)
         self.norm1 = LayerNorm(width, affine=False)
-        self.norm2 = LayerNorm(width, affine=False)
         self.scale_shift_table = scale_shift_table(6, width, param_dtype, rngs)
 
     def __call__(self, x, attend, text, modulation, *, mode="spatial", keep=None):
@@ -43,8 +42,7 @@ class TextBlock(nnx.Module):
         h = constrain(attend(self.attn, h), *STREAM)
         x = x + gated(h, gate_msa, keep[0])
         x = x + self.cross_attn(x.reshape(x.shape[0], -1, x.shape[-1]), **text).reshape(x.shape)
-        h = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
-        return constrain(x + gated(h, gate_mlp, keep[1]), *STREAM)
+        return constrain(modulated_mlp(x, self.mlp, shift_mlp, scale_mlp, gate_mlp, keep[1]), *STREAM)
 
 
 class ConditionBlock(nnx.Module):
@@ -55,7 +53,7 @@ class ConditionBlock(nnx.Module):
         self.attn = SelfAttention(width, heads, **kwargs)
         self.mlp = MLP(width, int(width * mlp_ratio), **kwargs)
         self.norm1 = LayerNorm(width, affine=False)
-        self.norm2 = LayerNorm(width, eps=mlp_norm_eps, affine=False)
+        self.mlp_norm_eps = mlp_norm_eps
         self.modulation = Linear(width, 6 * width, ("embed", None), init=zeros, **kwargs)
 
     def __call__(self, x, condition, *, mode="spatial", visible=None):
@@ -64,5 +62,5 @@ class ConditionBlock(nnx.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
         h = constrain(modulate(self.norm1(x), shift_msa, scale_msa), *LAYOUT[mode])
         x = x + gated(constrain(self.attn(h, mode=mode, visible=visible), *STREAM), gate_msa)
-        h = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
-        return constrain(x + gated(h, gate_mlp), *STREAM)
+        x = modulated_mlp(x, self.mlp, shift_mlp, scale_mlp, gate_mlp, eps=self.mlp_norm_eps)
+        return constrain(x, *STREAM)

@@ -6,6 +6,8 @@ Condition frames (x_mask False) take the modulation of timestep 0, so modulation
 import jax
 import jax.numpy as jnp
 
+from opensora_jax.kernels import modulated
+
 
 def modulate(x_normed, shift, scale):
     """x (1 + scale) + shift in float32; x [B, T, S, C], shift and scale [B, 1 or T, 1, C]."""
@@ -35,6 +37,14 @@ def gated(h, gate, keep=None):
     """gate · h in float32; keep [B]: factors of drop path, or None."""
     h = (h.astype(jnp.float32) * gate).astype(h.dtype)
     return h if keep is None else h * keep[:, None, None, None].astype(h.dtype)
+
+
+def modulated_mlp(x, mlp, shift, scale, gate, keep=None, *, eps: float = 1e-6):
+    """x + gate · mlp(norm(x) modulated), for an MLP with GELU in its tanh form and a norm without weights."""
+    if keep is not None:
+        gate = gate * keep[:, None, None, None]
+    first, second = ((layer.kernel[...], layer.bias[...]) for layer in (mlp.fc1, mlp.fc2))
+    return modulated.mlp(x, shift, scale, gate, first, second, eps=eps)
 
 
 def drop_path(key, rate: float, shape: tuple[int, ...]):

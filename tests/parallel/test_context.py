@@ -13,7 +13,7 @@ import pytest
 from opensora_jax.common.shapes import LatentShape
 from opensora_jax.kernels.stdit import stdit_attention
 from opensora_jax.models import stdit
-from opensora_jax.nn.modulate import gated, modulate, table_rows
+from opensora_jax.nn.modulate import gated, modulated_mlp, table_rows
 from opensora_jax.nn.params import Buffer, Network
 from opensora_jax.parallel import shard
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
@@ -162,7 +162,8 @@ class UlyssesBlock(stdit.Block):
     def __call__(self, x, sequence, text, modulation, unmasked, frame_positions, keep):
         ways, heads = sequence.ways, self.attn_temp.heads
         shift_msa, scale_msa, gate_msa, shift, scale, gate = table_rows(self.scale_shift_table[...], modulation[0])
-        x = x + gated(self.attn(modulate(self.norm1(x), shift_msa, scale_msa), mode="spatial"), gate_msa, keep[0])
+        h = self.attn(x, mode="spatial", modulation=(shift_msa, scale_msa))
+        x = x + gated(h, gate_msa, keep[0])
         first = jax.lax.axis_index("context") * x.shape[1]
         qkv = self.attn_temp.qkv(x + jax.lax.dynamic_slice_in_dim(frame_positions, first, x.shape[1]))
         qkv = qkv.reshape(*x.shape[:3], 3, heads, -1)
@@ -171,7 +172,7 @@ class UlyssesBlock(stdit.Block):
         h = jax.lax.all_to_all(h, "context", split_axis=1, concat_axis=3, tiled=True)
         x = x + gated(self.attn_temp.proj(h), table_rows(self.scale_shift_table[...], unmasked)[2], keep[1])
         x = x + self.cross_attn(x.reshape(x.shape[0], -1, x.shape[-1]), **text).reshape(x.shape)
-        return x + gated(self.mlp(modulate(self.norm2(x), shift, scale)), gate, keep[2])
+        return modulated_mlp(x, self.mlp, shift, scale, gate, keep[2])
 
 
 def test_forward_switches_twice_and_moves_half_of_ulysses(monkeypatch):

@@ -1,0 +1,131 @@
+"""Modulated norm with the products behind it on TPUs (Pallas, Mosaic); forward only, modulated.py says why.
+
+One program takes some frames x some positions, about 256 rows, and holds all weights in fast memory, where they stay for
+the whole grid. The products run in slices of columns, so that the vector unit's work on one slice (GELU, gate) can run
+beside the matrix unit's on the next.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from opensora_jax.kernels import spec
+from opensora_jax.kernels.spec import Unsupported
+from opensora_jax.kernels.tpu_lanes import LANES, dot
+
+ROWS = 256
+COLUMNS = 512  # of one slice: whole tiles of the matrix unit, and results that nearly fit the registers
+VMEM_LIMIT = 100 << 20
+
+
+class Block(NamedTuple):
+    frames: int
+    positions: int
+
+    @classmethod
+    def of(cls, frames: int, positions: int) -> "Block":
+        """About ROWS rows: neighbouring positions of one frame, or several frames of few positions."""
+        parts = -(-positions // ROWS)
+        per_frame = -(-positions // (16 * parts)) * 16
+        return cls(max(1, min(frames, ROWS // per_frame)), per_frame)
+
+    @property
+    def rows(self) -> int:
+        return self.frames * self.positions
+
+
+def supports(x, *kernels) -> None:
+    if x.dtype != jnp.bfloat16:
+        raise Unsupported(f"dtype {x.dtype}")
+    for width in {size for kernel in kernels for size in kernel.shape}:
+        if width % LANES:
+            raise Unsupported(f"{width} channels are no whole tiles of {LANES} lanes")
+    needed = 2 * sum(kernel.size for kernel in kernels) + ROWS * 4 * sum(kernel.shape[1] for kernel in kernels)
+    if needed > VMEM_LIMIT // 2:
+        raise Unsupported(f"{needed >> 20} MiB of weights and activations in VMEM")
+
+
+def linear(x, shift, scale, kernel, bias, *, eps, interpret=None):
+    return _call(_linear_kernel, x, (shift, scale), [(kernel, bias)], kernel.shape[1], (), eps, interpret)
+
+
+def mlp(x, shift, scale, gate, first, second, *, eps, interpret=None):
+    hidden = first[0].shape[1]
+    return _call(_mlp_kernel, x, (shift, scale, gate), [first, second], x.shape[-1], (hidden,), eps, interpret)
+
+
+def _call(kernel, x, vectors, layers, outputs, scratch, eps, interpret):
+    batch, frames, positions, channels = x.shape
+    block = Block.of(frames, positions)
+    vectors = [v.astype(jnp.float32) for v in vectors if v is not None]
+    weights = [a for w, b in layers for a in (w.astype(x.dtype), b.astype(jnp.float32)[None])]
+    rows = lambda width: pl.BlockSpec((1, block.frames, block.positions, width), lambda b, i, j: (b, i, j, 0))
+
+    def vector(v):
+        shared, frames = v.shape[0] == 1, 1 if v.shape[1] == 1 else block.frames
+        return pl.BlockSpec(
+            (1, frames, 1, channels), lambda b, i, j: (0 if shared else b, 0 if v.shape[1] == 1 else i, 0, 0)
+        )
+
+    whole = lambda a: pl.BlockSpec(a.shape, lambda *_: (0, 0), pipeline_mode=pl.Buffered(1))
+    bf16 = lambda width: pltpu.VMEM((block.rows, width), x.dtype)
+    return pl.pallas_call(
+        functools.partial(kernel, eps=eps),
+        grid=(batch, -(-frames // block.frames), -(-positions // block.positions)),
+        in_specs=[rows(channels), [vector(v) for v in vectors], [whole(a) for a in weights]],
+        out_specs=rows(outputs),
+        out_shape=jax.ShapeDtypeStruct((*x.shape[:3], outputs), x.dtype),
+        scratch_shapes=[bf16(channels), *map(bf16, scratch)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3, vmem_limit_bytes=VMEM_LIMIT),
+        interpret=spec.platform() != "tpu" if interpret is None else interpret,
+        name=kernel.__name__.strip("_").replace("kernel", "modulated"),
+    )(x, vectors, weights)
+
+
+def _linear_kernel(x_ref, vectors, weights, o_ref, h_ref, *, eps):
+    kernel, bias = weights
+    h_ref[...] = _modulated(x_ref, *vectors, eps=eps)
+
+    def columns(at):
+        y = dot(h_ref[...], kernel[:, at]) + bias[:, at]
+        o_ref[0, :, :, at] = y.astype(o_ref.dtype).reshape(*o_ref.shape[1:3], -1)
+
+    each_slice(kernel.shape[1], columns)
+
+
+def _mlp_kernel(x_ref, vectors, weights, o_ref, h_ref, hidden_ref, *, eps):
+    shift, scale, gate = vectors
+    kernel1, bias1, kernel2, bias2 = weights
+    h_ref[...] = _modulated(x_ref, shift, scale, eps=eps)
+
+    def hidden(at):
+        y = dot(h_ref[...], kernel1[:, at]) + bias1[:, at]
+        hidden_ref[:, at] = jax.nn.gelu(y, approximate=True).astype(hidden_ref.dtype)
+
+    def columns(at):
+        y = dot(hidden_ref[...], kernel2[:, at]) + bias2[:, at]
+        y = y.reshape(*x_ref.shape[1:3], -1) * gate[0, :, :, at]
+        o_ref[0, :, :, at] = (x_ref[0, :, :, at].astype(jnp.float32) + y).astype(o_ref.dtype)
+
+    each_slice(kernel1.shape[1], hidden)
+    each_slice(kernel2.shape[1], columns)
+
+
+def _modulated(x_ref, shift, scale=None, *, eps):
+    """[rows, C]."""
+    x = x_ref[0].astype(jnp.float32)
+    if scale is None:
+        return (x + shift[0]).astype(x_ref.dtype).reshape(-1, x.shape[-1])
+    x = x - x.mean(-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+    return (x * (1 + scale[0]) + shift[0]).astype(x_ref.dtype).reshape(-1, x.shape[-1])
+
+
+def each_slice(width: int, body) -> None:
+    """body(columns), unrolled: one slice's products are scheduled beside the elementwise work of the one before."""
+    for start in range(0, width, COLUMNS):
+        body(slice(start, min(start + COLUMNS, width)))

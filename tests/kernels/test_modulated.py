@@ -1,0 +1,92 @@
+"""Norm, modulation and products as one TPU kernel: in the interpreter against float64, under a mesh, lowered to Mosaic."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opensora_jax.kernels import modulated, spec
+from opensora_jax.kernels.spec import Unsupported
+from opensora_jax.parallel import shard
+from tests.kernels.compare import FORWARD, GRADIENT, relative
+
+C = 128
+
+
+def inputs(frames, positions, vectors, dtype=jnp.bfloat16):
+    """x, (shift, scale, gate), ((kernel, bias) of the MLP's halves)."""
+    keys = iter(jax.random.split(jax.random.key(0), 12))
+    normal = lambda *shape: jax.random.normal(next(keys), shape)
+    layer = lambda width, out: (normal(width, out) / width**0.5, normal(out))
+    x = (3 + normal(2, frames, positions, C)).astype(dtype)
+    return x, [normal(2, vectors, 1, C) for _ in range(3)], [layer(C, 4 * C), layer(4 * C, C)]
+
+
+def float64(x, shift, scale, gate, first, second):
+    """The MLP, and the product that its first half is before the activation."""
+    wide = lambda a: np.asarray(jnp.asarray(a, jnp.float32), np.float64)
+    x, shift, scale, gate = map(wide, (x, shift, scale, gate))
+    h = x - x.mean(-1, keepdims=True)
+    h = h / np.sqrt(np.square(h).mean(-1, keepdims=True) + 1e-6) * (1 + scale) + shift
+    product = h @ wide(first[0]) + wide(first[1])
+    hidden = 0.5 * product * (1 + np.tanh(np.sqrt(2 / np.pi) * (product + 0.044715 * product**3)))
+    return x + gate * (hidden @ wide(second[0]) + wide(second[1])), product
+
+
+@pytest.mark.parametrize("frames, positions, vectors", [(3, 24, 3), (2, 530, 1)])  # many frames a block; ragged blocks
+def test_matches_float64(frames, positions, vectors):
+    x, (shift, scale, gate), (first, second) = inputs(frames, positions, vectors)
+    mlp, linear = float64(x, shift, scale, gate, first, second)
+    ours = modulated.mlp(x, shift, scale, gate, first, second, implementation="pallas_tpu")
+    assert ours.dtype == jnp.bfloat16 and relative(ours.astype(jnp.float32), mlp) < FORWARD["bfloat16"]
+    ours = modulated.linear(x, shift, scale, *first, implementation="pallas_tpu")
+    assert relative(ours.astype(jnp.float32), linear) < FORWARD["bfloat16"]
+    ours, reference = (
+        modulated.linear(x, shift[:1], None, *first, implementation=name) for name in ("pallas_tpu", "xla")
+    )
+    assert relative(ours.astype(jnp.float32), reference.astype(jnp.float32)) < FORWARD["bfloat16"]
+
+
+def test_composition_matches_float64():
+    x, vectors, layers = inputs(2, 5, 2, jnp.float32)
+    mlp, linear = float64(x, *vectors, *layers)
+    assert relative(modulated.mlp(x, *vectors, *layers), mlp) < FORWARD["float32"]
+    assert relative(modulated.linear(x, *vectors[:2], *layers[0]), linear) < FORWARD["float32"]
+
+
+def test_under_a_mesh_with_gradients():
+    x, vectors, layers = inputs(4, 16, 4)
+    mesh = jax.make_mesh(
+        (2, 2, 2, 1), ("data", "fsdp", "context", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 4
+    )
+
+    def run(name):
+        call = lambda *arrays: modulated.mlp(*arrays, implementation=name)
+        return jax.jit(lambda *arrays: (call(*arrays), jax.vjp(call, *arrays)[1](x)))(x, *vectors, *layers)
+
+    expected = run("xla")
+    with shard.use(shard.layout(mesh, "fsdp_context")):
+        found = run("pallas_tpu")
+    assert len(found[0].sharding.device_set) == 8
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        assert a.dtype == b.dtype and relative(a.astype(jnp.float32), b.astype(jnp.float32)) < GRADIENT["bfloat16"]
+
+
+def test_lowers_to_mosaic_at_full_size_and_only_without_gradients():
+    array = lambda *shape, dtype="bfloat16": jax.ShapeDtypeStruct(shape, dtype)
+    layer = lambda width, out: (array(width, out, dtype="float32"), array(out, dtype="float32"))
+    arrays = [array(1, 64, 128, 1152), *[array(1, 64, 1, 1152, dtype="float32")] * 3]
+    arrays += [layer(1152, 4608), layer(4608, 1152)]
+    count = lambda f: jax.jit(f).trace(*arrays).lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call")
+    with spec.target("v6e"):
+        assert count(modulated.mlp) == 1
+        assert count(jax.grad(lambda *a: modulated.mlp(*a).astype(jnp.float32).sum())) == 0
+
+
+def test_what_does_not_fit_is_refused_with_the_reason():
+    x, vectors, layers = inputs(2, 16, 1, jnp.float32)
+    with pytest.raises(Unsupported, match="float32"):
+        modulated.mlp(x, *vectors, *layers, implementation="pallas_tpu")
+    narrow = jax.tree.map(lambda a: a[..., :72], (x.astype(jnp.bfloat16), *vectors[:2]))
+    with pytest.raises(Unsupported, match="72 channels"):
+        modulated.linear(*narrow, jnp.zeros((72, 216)), jnp.zeros(216), implementation="pallas_tpu")
