@@ -1,8 +1,8 @@
 """Block sizes of the GPU kernels, by chip, kernel, pass and shape: gpu_blocks.json.
 
 `python -m benchmarks.attention --tune --write` times alternatives on the GPU at hand and puts the fastest there, as rows of
-that chip. Rows of the chip "any" were never timed: they are the largest tiles that hold all registers when compiled for
-sm_90a (`python -m benchmarks.gpu_compile`).
+that chip. Rows of the chip "any" were never timed: tiles as large as registers seemed to allow, of which only those of
+`mosaic_gpu` for heads of 128 were compiled for sm_90a (`python -m benchmarks.gpu_compile`).
 """
 
 import functools

@@ -211,7 +211,8 @@ def plan(found: Mapping[str, Shape], wanted: Mapping[str, Shape], rules: list[Ru
     problems += _missing(assignments, wanted, rules)
     if problems:
         shown = problems[:40] + ([f"... and {len(problems) - 40} more"] if len(problems) > 40 else [])
-        raise MappingError(f"{where} does not fit: {len(problems)} problems\n  " + "\n  ".join(shown))
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise MappingError(f"{where} does not fit: {count}\n  " + "\n  ".join(shown))
     order = {path: i for i, path in enumerate(wanted)}
     return Plan(sorted(assignments.values(), key=lambda a: order[a.path]), dropped, tied_names)
 
