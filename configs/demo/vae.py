@@ -6,7 +6,8 @@
 
 The last command needs the one before, and leaves its latents as they are: the denoiser may train meanwhile.
 
-Hardware: 8 and 20 minutes on two CPU cores. Expect: latents near 0.05, then l1 near 0.01.
+Hardware: 10 and 15 minutes on two CPU cores. Expect: latents near 0.04 (98% of reconstructions are right), then l1 near
+0.01.
 """
 
 from ml_collections import ConfigDict
