@@ -3,8 +3,9 @@
     python -m opensora_jax.encode --config=configs/demo/stdit3.py:pixels --out=runs/tiny/latents
     python -m opensora_jax.train  --config=configs/demo/stdit3.py --workdir=runs/tiny/stdit3 --export=runs/tiny/pipeline
 
-Hardware: hours on two CPU cores; 1,500 steps of 32 clips, 40 minutes beside other work, gave colour and background. The text encoder keeps its random weights: a caption of ten known
-words needs no more, and what the words mean is learned in the denoiser's cross-attention.
+Hardware: hours on two CPU cores; 1,500 steps of 32 clips, 40 minutes beside other work, gave colour and background. The text
+encoder keeps its random weights: a caption of ten known words needs no more, and what the words mean is learned in the
+denoiser's cross-attention.
 """
 
 from ml_collections import ConfigDict
