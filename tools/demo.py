@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 # A device a core, and memory that is kept from step to step (docs/performance.md, "Training on a CPU").
 QUICK = {
     "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1:"
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:"
     f"glibc.malloc.trim_threshold={1 << 34}:glibc.malloc.top_pad={1 << 28}",
 }
 sys.path.insert(0, str(ROOT))

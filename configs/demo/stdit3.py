@@ -46,7 +46,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.ema_decay = 0.999
     config.ema_start_steps = 200
     if variant == "pixels":
-        config.data = SIZE | {"source": "shapes:train?count=4096&seed=2&size=32", "batch_size": 32}
+        config.data = SIZE | {"source": "shapes:train?count=12288&seed=2&size=32", "batch_size": 32}
     else:
         config.data = {"source": "runs/tiny/latents", "batch_size": 16}
     config.checkpoint = {"every_steps": 500, "keep": 1}
