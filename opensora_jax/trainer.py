@@ -20,11 +20,11 @@ from opensora_jax.diffusion.conditions import GivenFrames, TrainingConditions
 from opensora_jax.generator import CLIP_TOKENS
 from opensora_jax.parallel.shard import Layout, place_batch, rows_of_process, shardings
 from opensora_jax.pipeline import Assembly, Pipeline, load_params, objective_of, read_json
-from opensora_jax.plan.work import forward_flops
 from opensora_jax.training import optimizer
 from opensora_jax.training.checkpoint import Checkpoints
 from opensora_jax.training.run import RunConfig
 from opensora_jax.training.step import StepConfig, make_step
+from opensora_jax.work import forward_flops
 
 CONSUMED = (
     "video", "latents", "text_emb", "text_mask", "y_vec", "x_mask", "noisy", "fps", "height", "width", "num_frames",

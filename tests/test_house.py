@@ -36,7 +36,7 @@ THIRD_PARTY = {
 ENTRIES = {
     "data/inspect.py"
 }  # commands that live in the room they serve: like every entry point, they may use anything
-BACK_ENDS = {"pallas_tpu", "pallas_gpu", "cudnn"}  # of attention; "xla" is also the compiler's name
+BACK_ENDS = {"pallas_tpu", "pallas_gpu", "mosaic_gpu", "cudnn"}  # of attention; "xla" is also the compiler's name
 FORBIDDEN_NNX = {"jit", "scan", "remat", "grad", "value_and_grad", "Optimizer"}
 
 

@@ -47,11 +47,20 @@ def composed_mlp(x, shift, scale, gate, first, second, *, eps):
 def _modulated(x, shift, scale, eps):
     if scale is None:
         return x + shift.astype(x.dtype)
-    x32 = x.astype(jnp.float32)
-    mean = x32.mean(-1, keepdims=True)
-    variance = jnp.square(x32 - mean).mean(-1, keepdims=True)
-    y = ((x32 - mean) * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
-    return (y.astype(jnp.float32) * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)).astype(x.dtype)
+    return modulate(layer_norm(x, eps).astype(x.dtype), shift, scale)
+
+
+def layer_norm(x, eps: float):
+    """Mean 0 and variance 1 over the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+
+
+def modulate(x_normed, shift, scale):
+    """x (1 + scale) + shift in float32; x [B, T, S, C], shift and scale [B, 1 or T, 1, C]."""
+    y = x_normed.astype(jnp.float32) * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
+    return y.astype(x_normed.dtype)
 
 
 def _project(x, kernel, bias):

@@ -8,11 +8,7 @@ import jax.numpy as jnp
 
 from opensora_jax.kernels import modulated
 
-
-def modulate(x_normed, shift, scale):
-    """x (1 + scale) + shift in float32; x [B, T, S, C], shift and scale [B, 1 or T, 1, C]."""
-    y = x_normed.astype(jnp.float32) * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
-    return y.astype(x_normed.dtype)
+modulate = modulated.modulate
 
 
 def by_frame(generated, condition, x_mask):

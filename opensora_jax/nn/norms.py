@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from opensora_jax.kernels.modulated import layer_norm
 from opensora_jax.nn.params import Buffer
 
 
@@ -18,11 +19,7 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(features, param_dtype)) if affine and bias else None
 
     def __call__(self, x):
-        x32 = x.astype(jnp.float32)
-        mean = x32.mean(-1, keepdims=True)
-        variance = jnp.square(x32 - mean).mean(-1, keepdims=True)
-        y = (x32 - mean) * jax.lax.rsqrt(variance + self.eps)
-        return _affine(y, self.scale, self.bias).astype(x.dtype)
+        return _affine(layer_norm(x, self.eps), self.scale, self.bias).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from opensora_jax.plan.chips import Topology
 from opensora_jax.plan.hlo import Collective
 from opensora_jax.plan.links import Links
-from opensora_jax.plan.work import Kernel
+from opensora_jax.work import Kernel
 
 RESERVE = 0.04  # share of memory kept free: the runtime's own, and fragmentation
 

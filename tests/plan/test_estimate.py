@@ -11,7 +11,7 @@ from opensora_jax.common.errors import UserError
 from opensora_jax.plan import chips, estimate, report
 from opensora_jax.plan.hlo import Collective
 from opensora_jax.plan.links import Links, Side, Span
-from opensora_jax.plan.work import Kernel
+from opensora_jax.work import Kernel
 
 V5P = chips.parse("v5p:4x4x4")
 SIZES = {"data": 4, "fsdp": 2, "context": 8}

@@ -7,11 +7,11 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
+from opensora_jax import work
 from opensora_jax.common.shapes import LatentShape
 from opensora_jax.config import part
 from opensora_jax.parallel import shard
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
-from opensora_jax.plan import work
 
 A = jax.ShapeDtypeStruct((8, 16), jnp.float32)
 B = jax.ShapeDtypeStruct((16, 32), jnp.float32)
