@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import jax
 from jax.extend.core import Literal
 
+from opensora_jax import work
 from opensora_jax.parallel.shard import Layout
-from opensora_jax.plan import estimate, target, work
+from opensora_jax.plan import estimate, target
 from opensora_jax.plan.chips import Topology
 from opensora_jax.plan.compile import Program, frozen_params, network_params
 from opensora_jax.plan.hlo import Collective

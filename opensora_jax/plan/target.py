@@ -7,9 +7,10 @@ from pathlib import Path
 
 import jax
 
+from opensora_jax import work
 from opensora_jax.common.errors import UserError
 from opensora_jax.parallel import shard
-from opensora_jax.plan import bundles, estimate, hlo, libtpu, work
+from opensora_jax.plan import bundles, estimate, hlo, libtpu
 from opensora_jax.plan.chips import Topology
 from opensora_jax.plan.compile import Program, Workload, largest, mesh_of, trace, trace_sample
 from opensora_jax.plan.links import Links
