@@ -3,9 +3,9 @@
     python -m opensora_jax.encode --config=configs/demo/stdit3.py:pixels --out=runs/tiny/latents
     python -m opensora_jax.train  --config=configs/demo/stdit3.py --workdir=runs/tiny/stdit3 --export=runs/tiny/pipeline
 
-Hardware: hours on two CPU cores; 1,500 steps of 32 clips, 40 minutes beside other work, gave colour and background. The text
-encoder keeps its random weights: a caption of ten known words needs no more, and what the words mean is learned in the
-denoiser's cross-attention.
+Hardware: 4 and 50 minutes on two CPU cores, a device each. Expect: a loss near 0.1, and clips that show what their captions say
+from step 3,500 on. The text encoder keeps its random weights: a caption of ten known words needs no more, and what the words
+mean is learned in the denoiser's cross-attention.
 """
 
 from ml_collections import ConfigDict
@@ -16,8 +16,8 @@ SIZE = {"num_frames": 17, "height": 32, "width": 32}
 def get_config(variant: str = "") -> ConfigDict:
     """variant "pixels": the clips themselves, for encoding."""
     config = ConfigDict()
-    config.steps = 12000
-    config.pipeline = "runs/tiny/sharp_vae"
+    config.steps = 6000
+    config.pipeline = "runs/tiny/vae_pipeline"
     config.model = {
         "family": "stdit3",
         "input_sq_size": 32,
@@ -41,7 +41,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # Time is shifted by size against 32 x 32, not 512 x 512.
     shift = {"frames": "chunks", "base_area": 32 * 32}
     config.objective = {"name": "rectified_flow", "time": {"method": "logit-normal", "shift": shift}}
-    config.sampling = SIZE | {"fps": 8.0, "steps": 30, "guidance_scale": 3.0, "max_length": 16}
+    config.sampling = SIZE | {"fps": 8.0, "steps": 30, "guidance_scale": 2.0, "max_length": 16}
     config.optimizer = {"name": "muon", "learning_rate": 3e-3, "eps": 1e-8, "warmup_steps": 200, "schedule": "cosine"}
     config.ema_decay = 0.999
     config.ema_start_steps = 200
