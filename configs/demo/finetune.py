@@ -34,5 +34,5 @@ def get_config(variant: str = "") -> ConfigDict:
     else:
         config.data = {"source": "runs/demo/latents", "batch_size": 16}
     config.checkpoint = {"every_steps": 100, "keep": 1}
-    config.log = {"every_steps": 10}
+    config.log = {"every_steps": 1}
     return config
