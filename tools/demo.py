@@ -177,7 +177,7 @@ before and after   {out}/before_after.png
 videos             {out}/videos/before, {out}/videos/after
 loss               {out}/loss.png
 metrics            {out}/run/metrics.jsonl, {out}/judged.json
-pipeline           python -m opensora_jax.sample --from={out}/pipeline --prompt="an orange square moving up on a dark background"
+pipeline           python -m opensora_jax.sample --from={out}/pipeline --prompt="a orange square moving up on a dark background"
 """)
 
 
