@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from opensora_jax import config, locate
+from opensora_jax import config
 from opensora_jax.data.records import ShardWriter, write_manifest
 from opensora_jax.data.video_io import write_video
 from opensora_jax.pipeline import Pipeline, assemble
@@ -68,13 +68,6 @@ def pipeline_folder(tmp_path_factory):
     target = tmp_path_factory.mktemp("pipeline") / "debug"
     Pipeline(assembly.system, params, assembly.sampling, assembly.tokenizer).save_pretrained(target)
     return target
-
-
-@pytest.fixture(scope="session")
-def shipped(request):
-    """The pipeline that comes with the package; until it is there, one of its kind with random weights."""
-    there = (locate.ASSETS / "tiny" / locate.INDEX).exists()
-    return "tiny" if there else str(request.getfixturevalue("pipeline_folder"))
 
 
 @pytest.fixture

@@ -96,10 +96,8 @@ def test_commands_run_in_an_empty_folder(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs/debug/metrics.jsonl").exists() and (
         tmp_path / "runs/debug/pipeline/model_index.json"
     ).exists()
-    videos = sorted(
-        path.suffix for path in (tmp_path / "outputs").iterdir() if path.name.startswith("0000-a-red-circle")
-    )
-    assert videos == [".gif", ".json", ".mp4"] and (tmp_path / "outputs/sheet.png").exists()
+    made = {path.suffix for path in (tmp_path / "outputs").iterdir() if path.name.startswith("0000-a-red-circle")}
+    assert made == {".gif", ".json", ".mp4"} and (tmp_path / "outputs/sheet.png").exists()
     snippet = re.search(r"^    from opensora_jax.*\n(?:    .*\n?)*", PAGES["docs/sample.md"], re.MULTILINE)
     found = {}
     exec(textwrap.dedent(snippet.group()), found)  # the library call for the same
