@@ -81,6 +81,7 @@ def sample_and_judge(source: str, batch: int = 24) -> dict:
         share = {key: sum(j[key] for j in judged) / len(judged) for key in ATTRIBUTES}
         share["all"] = sum(all(j.values()) for j in judged) / len(judged)
         results[name] = {"texts": texts, "frames": frames, "share": share}
+        print(f"{name} prompts right: " + ", ".join(f"{key} {value:.0%}" for key, value in share.items()), flush=True)
     return results
 
 
@@ -149,7 +150,6 @@ def demo(out: Path, minutes: float) -> None:
     run("opensora_jax.encode", "--config=configs/demo/finetune.py:pixels", f"--out={out}/latents", sources)
     say("2. What the shipped pipeline makes of 24 orange prompts and 24 of the old colours")
     before = sample_and_judge("tiny")
-    print({name: result["share"] for name, result in before.items()}, flush=True)
     say("3. Fine-tuning, interrupted once and resumed")
     steps = max(40, round(minutes * 125))
     train = [
@@ -187,6 +187,8 @@ SCRATCH = {"image_vae": (400, 0.15), "vae": (150, 0.2), "stdit3": (105, 0.65)}
 
 def scratch(out: Path, minutes: float) -> None:
     """VAE and denoiser from nothing, as the shipped pipeline was made, each for its share of the time."""
+    from opensora_jax.common.contact_sheet import contact_sheet, save_png
+
     out.mkdir(parents=True, exist_ok=True)
     steps = {name: max(20, round(pace * share * minutes)) for name, (pace, share) in SCRATCH.items()}
 
@@ -200,11 +202,13 @@ def scratch(out: Path, minutes: float) -> None:
     train("image_vae", "image_vae.py")
     train("vae", "vae.py", f"{start}image_vae", f"--export={vae}", "--export_dtype=float32")
     pipeline = f"--config.pipeline={vae}"
-    run("opensora_jax.encode", "--config=configs/demo/stdit3.py:pixels", f"--out={latents}", pipeline)
+    clips = f"--config.data.source=shapes:train?count={max(256, min(12288, round(256 * minutes)))}&seed=2&size=32"
+    run("opensora_jax.encode", "--config=configs/demo/stdit3.py:pixels", f"--out={latents}", pipeline, clips)
     train("stdit3", "stdit3.py", pipeline, f"--config.data.source={latents}", f"--export={out}/pipeline")
-    result = sample_and_judge(str(out / "pipeline"))
-    print({name: r["share"] for name, r in result.items()})
-    print(f"pipeline: {out}/pipeline")
+    say("Samples")
+    known = sample_and_judge(str(out / "pipeline"))["known"]
+    save_png(out / "samples.png", contact_sheet(known["frames"][::4], known["texts"][::4]))
+    print(f"samples    {out}/samples.png\npipeline   {out}/pipeline")
 
 
 if __name__ == "__main__":
