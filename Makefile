@@ -19,8 +19,8 @@ demo: setup  ## fine-tune the shipped pipeline on a colour it has never seen
 demo-scratch: setup  ## train VAE and STDiT3 from nothing: make demo-scratch MINUTES=60
 	@$(BIN)/python tools/demo.py --scratch --minutes=$(or $(MINUTES),60)
 
-test: $(VENV)/.test.stamp  ## the whole suite, no torch needed
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.test.stamp  ## the whole suite, no torch needed; WORKERS=N processes
+	@$(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist worksteal $(ARGS)
 
 parity: $(VENV)/.parity.stamp  ## live comparison with diffusers and transformers (torch)
 	@$(BIN)/python -m pytest -m parity tests/parity $(ARGS)

@@ -121,7 +121,7 @@ def test_what_does_not_fit_is_listed_by_name(stdit3, tmp_path):
         weights["t_block.1.bias"] = weights["t_block.1.bias"][:-1]
 
     source = rewritten(stdit3, lambda weights: weights.update(surplus=np.zeros(3, np.float32)))
-    text = refused(source, tmp_path, "1 problems")
+    text = refused(source, tmp_path, "1 problem\n")
     assert "surplus" in text
     text = refused(rewritten(stdit3, change), tmp_path, "does not fit|lacks what tells", "--family=stdit3")
     assert "qkv" in text
