@@ -58,7 +58,6 @@ def main(argv=None) -> int:
         missing = [name for name in ("vae", "text_encoder") if name not in assembly.system.parts]
         if missing:
             raise UserError(f"config.pipeline has no {' and no '.join(missing)}; encoding needs both")
-        frozen = assembly.frozen(layout)
         writer = ShardWriter(args.out, records_per_shard=1 << 40, prefix=f"latents-{process:03d}")
         journal = Journal(epath.Path(args.out) / f".encode-{process:03d}.json")
         start, seen = journal.resume(writer.shards_done)
@@ -67,6 +66,7 @@ def main(argv=None) -> int:
         )
         if loader.latents:
             raise UserError(f"{cfg.data.source} already holds latents; there is nothing to encode")
+        frozen = assembly.frozen(layout)
         total = loader.plan.steps_per_epoch
         encode = make_encoder(assembly.system, args.sample_posterior, cfg.seed)
         pending: list[str] = []

@@ -1,17 +1,13 @@
-"""Runs of the public debug configuration on latents made here, so that no encoder has to be compiled; a pipeline
-folder of it with random weights; and a user's own clips."""
+"""Runs of the public debug configuration on latents made here, so that no encoder has to be compiled; and a
+user's own clips."""
 
 import csv
 
-import jax
 import numpy as np
 import pytest
 
-from opensora_jax import config
 from opensora_jax.data.records import ShardWriter, write_manifest
 from opensora_jax.data.video_io import write_video
-from opensora_jax.pipeline import Pipeline, assemble
-from opensora_jax.training.run import RunConfig
 
 COMMON = (
     "--config=configs/debug.py",
@@ -59,15 +55,6 @@ def run_flags(latents):
         return [*COMMON, f"--config.data.source={latents}", f"--workdir={workdir}", *extra]
 
     return flags
-
-
-@pytest.fixture(scope="session")
-def pipeline_folder(tmp_path_factory):
-    assembly = assemble(config.build(RunConfig, config.read_file("configs/debug.py"), "config"))
-    params = {name: jax.jit(net.init)(jax.random.key(7)) for name, net in assembly.system.networks.items()}
-    target = tmp_path_factory.mktemp("pipeline") / "debug"
-    Pipeline(assembly.system, params, assembly.sampling, assembly.tokenizer).save_pretrained(target)
-    return target
 
 
 @pytest.fixture

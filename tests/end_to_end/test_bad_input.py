@@ -48,8 +48,8 @@ COMMANDS = {
     "an empty line in a prompt file": "sample --prompt_file=prompts.txt",
     "an empty prompt file": "sample --prompt_file=nothing.txt",
     "no prompt": "sample",
-    "a size that does not fit": "sample --from=PIPELINE --prompt=a --height=31 --width=32",
-    "no frames": "sample --from=PIPELINE --prompt=a --num_frames=0",
+    "a size that does not fit": "sample --prompt=a --height=31 --width=32",
+    "no frames": "sample --prompt=a --num_frames=0",
     "a size given twice": "sample --prompt=a --resolution=240p --height=32",
     "a pipeline that is not there": "sample --prompt=a --from=./tiny2",
     "a folder that is no pipeline": "sample --prompt=a --from=clips",
@@ -99,8 +99,6 @@ def say(folder, monkeypatch, capsys, request):
     monkeypatch.chdir(folder)
 
     def run(command: str, *more: str):
-        if "PIPELINE" in command:
-            command = command.replace("PIPELINE", str(request.getfixturevalue("pipeline_folder")))
         if "LATENTS" in command:
             command = command.replace("LATENTS", str(request.getfixturevalue("latents")))
         entry, *flags = command.split(" ")
