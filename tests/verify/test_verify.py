@@ -118,6 +118,8 @@ TOLERANCE = {"max_abs": 1e-3, "rel_l2": 1e-3}
         ([1.0, 2.0], [1.002, 2.0], False),  # within rel_l2 alone
         ([1e-2, 0.0], [1.05e-2, 0.0], False),  # within max_abs alone
         ([9e-7, 0.0], [0.0, 0.0], True),  # nearly zero
+        (5e-4, 4e-4, True),  # a small number, within max_abs alone
+        (1.002e-2, 1e-2, False),  # a number that is not small
         ([np.inf, 1.0], [np.inf, 1.0], True),
         ([np.inf, 1.0], [-np.inf, 1.0], False),
         ([np.nan, 1.0], [np.inf, 1.0], False),
