@@ -27,7 +27,7 @@ from opensora_jax.common.errors import UserError
 from opensora_jax.config import Part, build, part, to_plain
 from opensora_jax.generator import CLIP_TOKENS, Generator, Request, SamplingConfig, check_asked, objective_of
 from opensora_jax.parallel import runtime
-from opensora_jax.parallel.shard import Layout, put, shardings, to_host, use
+from opensora_jax.parallel.shard import Layout, draw, put, shardings, to_host, use
 from opensora_jax.system import System
 from opensora_jax.weights import store
 from opensora_jax.weights.engine import flatten, unflatten
@@ -186,7 +186,7 @@ class Assembly:
                 continue
             if isinstance(source, int):
                 where = shardings(network.abstract, network.axes, layout) if layout else None
-                loaded[name] = jax.jit(network.init, out_shardings=where)(jax.random.key(source))
+                loaded[name] = draw(network, jax.random.key(source), where)
             else:
                 loaded[name] = load_params(source, network, layout)
         return loaded

@@ -18,7 +18,7 @@ from opensora_jax.common.shapes import LatentShape
 from opensora_jax.config import part, to_plain
 from opensora_jax.diffusion.conditions import GivenFrames, TrainingConditions
 from opensora_jax.generator import CLIP_TOKENS
-from opensora_jax.parallel.shard import Layout, place_batch, rows_of_process, shardings
+from opensora_jax.parallel.shard import Layout, draw, place_batch, rows_of_process, shardings
 from opensora_jax.pipeline import Assembly, Pipeline, load_params, objective_of, read_json
 from opensora_jax.training import optimizer
 from opensora_jax.training.checkpoint import Checkpoints
@@ -60,7 +60,7 @@ class Trainer:
         if into not in self.network.abstract:
             raise UserError(f"config.init_into={into}: the network has only {', '.join(self.network.abstract)}")
         where = shardings(self.network.abstract, self.network.axes, self.layout)
-        params = jax.jit(self.network.init, out_shardings=where)(jax.random.key(self.cfg.seed))
+        params = draw(self.network, jax.random.key(self.cfg.seed), where)
         return params | {into: self._read_into(self.network.part(into))}
 
     def _read_into(self, network) -> dict:

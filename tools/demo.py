@@ -151,7 +151,7 @@ def demo(out: Path, minutes: float) -> None:
     say("2. What the shipped pipeline makes of 24 orange prompts and 24 of the old colours")
     before = sample_and_judge("tiny")
     say("3. Fine-tuning, interrupted once and resumed")
-    steps = max(40, round(minutes * 125))
+    steps = max(12, round(minutes * 125))
     train = [
         "opensora_jax.train",
         "--config=configs/demo/finetune.py",

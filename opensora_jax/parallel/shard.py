@@ -1,7 +1,7 @@
 """From logical axes to shardings: for parameters, batches and activations.
 
 with use(mesh, "fsdp"):
-    params = jax.jit(net.init, out_shardings=shardings(net.abstract, net.axes))(key)
+    params = draw(net, key, shardings(net.abstract, net.axes))
     x = constrain(x, "batch", "frames", "space", None)       # inside a model; does nothing without a mesh
 """
 
@@ -92,6 +92,12 @@ def shardings(abstract, axes, where: Layout | None = None):
     where = where or current()
     assert where is not None, "shardings need a layout"
     return jax.tree.map(lambda leaf, names: where.sharding(names, leaf.shape), abstract, axes)
+
+
+def draw(network, key, where=None) -> dict:
+    """Random parameters, each on the devices that keep it. LLVM would spend minutes to optimize what runs once."""
+    plain = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(network.init, out_shardings=where, compiler_options=plain)(key)
 
 
 def manual_axes() -> frozenset[str]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from opensora_jax.parallel.shard import HOST, Layout, need_host_memory, shardings
+from opensora_jax.parallel.shard import HOST, Layout, draw, need_host_memory, shardings
 
 State = dict
 
@@ -43,7 +43,7 @@ def init_state(network, tx: optax.GradientTransformation, abstract: State, key, 
 
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if params is None:
-        return jax.jit(lambda key: fresh(network.init(key)), out_shardings=where)(key)
+        return jax.jit(fresh, out_shardings=where, donate_argnums=0)(draw(network, key, where["params"]))
     return jax.jit(fresh, out_shardings=where)(params)
 
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from opensora_jax import config, convert, train
+from opensora_jax.parallel.shard import draw
 from opensora_jax.pipeline import Pipeline, assemble, write_json
 from opensora_jax.training.run import RunConfig
 
@@ -27,7 +28,7 @@ def test_convert_train_export_sample(goldens, own_clips, tmp_path):
     tree["model"] = {"family": "stdit3"}
     assembly = assemble(config.build(RunConfig, tree, "config"))
     nets = {name: assembly.system.networks[name] for name in ("vae", "text_encoder")}
-    params = {name: jax.jit(net.init)(jax.random.key(0)) for name, net in nets.items()}
+    params = {name: draw(net, jax.random.key(0)) for name, net in nets.items()}
     folder = tmp_path / "pipeline"
 
     parts = replace(assembly.system, denoiser=None)

@@ -6,6 +6,7 @@ from safetensors.numpy import load_file
 
 from opensora_jax import train
 from opensora_jax.config import part
+from opensora_jax.parallel.shard import draw
 from opensora_jax.training.metrics import read_jsonl
 from opensora_jax.weights import store
 from opensora_jax.weights.engine import flatten
@@ -15,7 +16,7 @@ SMALL = [f"{name}={value}" for name, value in {"block_out_channels": (8, 8), "no
 
 def test_an_image_vae_trains_with_lpips_and_exports(tmp_path):
     lpips = part("models", {"family": "lpips", "net": "alex"}, "lpips")
-    params = jax.jit(lpips.network().init)(jax.random.key(0))
+    params = draw(lpips.network(), jax.random.key(0))
     store.save_params(tmp_path / "lpips", flatten(jax.tree.map(lambda p: np.abs(p) * 0.1, params)), lpips.describe())
     flags = [
         "--config=configs/demo/image_vae.py", f"--workdir={tmp_path / 'run'}", f"--export={tmp_path / 'vae'}",

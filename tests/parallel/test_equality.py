@@ -42,7 +42,7 @@ class Subject:
     def __init__(self, cfg):
         self.cfg = cfg
         network = self.trainer(shard.layout(make_mesh(MeshConfig(data=1), jax.devices()[:1]), "dp")).network
-        self.network, self.params = network, noisy(jax.jit(network.init)(jax.random.key(0)))
+        self.network, self.params = network, noisy(shard.draw(network, jax.random.key(0)))
 
     def trainer(self, layout):
         return Trainer(self.cfg, assemble(self.cfg, weightless=True), layout)
