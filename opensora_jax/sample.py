@@ -48,7 +48,7 @@ def arguments(argv=None):
     add("--batch_size", type=int, default=8, help="videos made at a time (8)")
     add("--dtype", choices=("float32", "bfloat16"), help="of computation (as stored in the pipeline)")
     add("--mesh", default="", help="e.g. data=2,fsdp=4,rules=fsdp (all devices on data)")
-    add("--gif", action=argparse_boolean(), default=True, help="also write a GIF of each video")
+    add("--gif", action=argparse_boolean(), default=True, help="also write a GIF of each video, enlarged when it is small")
     add("--out", default="outputs", metavar="DIR", help="where videos go (outputs)")
     return parser.parse(argv)
 
@@ -198,9 +198,9 @@ def layout_of(text: str):
 
 
 def save(folder, index: int, text: str, seed: int, frames, fps: float, pipeline, args):
-    """An mp4 (a PNG for one frame), a GIF and a JSON that says how it was made."""
+    """An mp4 (a PNG for one frame), a GIF to look at and a JSON that says how it was made."""
     from opensora_jax import __version__
-    from opensora_jax.common.contact_sheet import save_png
+    from opensora_jax.common.contact_sheet import enlarged, save_png
     from opensora_jax.data.video_io import write_gif, write_video
 
     slug = "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())[:60]
@@ -212,7 +212,7 @@ def save(folder, index: int, text: str, seed: int, frames, fps: float, pipeline,
         path = folder / f"{stem}.mp4"
         write_video(path, frames, fps=fps)
         if args.gif:
-            write_gif(folder / f"{stem}.gif", frames, fps=fps)
+            write_gif(folder / f"{stem}.gif", enlarged(frames), fps=fps)
     made = {"prompt": text, "seed": seed, "from": pipeline.source, "fps": fps, "frames": len(frames)}
     made |= {"height": frames.shape[1], "width": frames.shape[2], "steps": args.steps or pipeline.sampling.steps}
     made |= {"guidance": pipeline.sampling.guidance_scale if args.guidance is None else args.guidance}

@@ -86,9 +86,7 @@ def sample_and_judge(source: str, batch: int = 24) -> dict:
 
 
 def show(before: dict, after: dict, out: Path, fps: float = 8.0) -> None:
-    import numpy as np
-
-    from opensora_jax.common.contact_sheet import contact_sheet, save_png
+    from opensora_jax.common.contact_sheet import contact_sheet, enlarged, save_png
     from opensora_jax.data.video_io import write_video
 
     rows, captions = [], []
@@ -100,8 +98,7 @@ def show(before: dict, after: dict, out: Path, fps: float = 8.0) -> None:
     for label, result in (("before", before), ("after", after)):
         (out / "videos" / label).mkdir(parents=True, exist_ok=True)
         for text, frames in zip(result["orange"]["texts"], result["orange"]["frames"]):
-            big = np.repeat(np.repeat(frames, 4, axis=1), 4, axis=2)
-            write_video(out / "videos" / label / f"{text.replace(' ', '_')}.mp4", big, fps=fps)
+            write_video(out / "videos" / label / f"{text.replace(' ', '_')}.mp4", enlarged(frames), fps=fps)
 
 
 def plot_loss(workdir: Path, path: Path) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""A picture of several videos: one row each, evenly spaced frames, the caption above."""
+"""Videos made visible: several as one picture, a row each with its caption above; small ones enlarged."""
 
 import numpy as np
 
@@ -30,6 +30,12 @@ def contact_sheet(videos, captions=None, *, columns: int = 6, height: int = 96, 
             frame = frame.resize((round(frame.width * height / frame.height), height), Image.Resampling.LANCZOS)
             sheet.paste(frame, (margin + column * (width + gap), top + label))
     return np.asarray(sheet)
+
+
+def enlarged(video: np.ndarray, height: int = 192) -> np.ndarray:
+    """Frames repeated pixel by pixel until they are about this high; larger ones as they are."""
+    factor = max(1, height // video.shape[1])
+    return video.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def save_png(path, image: np.ndarray) -> None:
