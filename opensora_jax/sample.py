@@ -48,7 +48,12 @@ def arguments(argv=None):
     add("--batch_size", type=int, default=8, help="videos made at a time (8)")
     add("--dtype", choices=("float32", "bfloat16"), help="of computation (as stored in the pipeline)")
     add("--mesh", default="", help="e.g. data=2,fsdp=4,rules=fsdp (all devices on data)")
-    add("--gif", action=argparse_boolean(), default=True, help="also write a GIF of each video, enlarged when it is small")
+    add(
+        "--gif",
+        action=argparse_boolean(),
+        default=True,
+        help="also write a GIF of each video, enlarged when it is small",
+    )
     add("--out", default="outputs", metavar="DIR", help="where videos go (outputs)")
     return parser.parse(argv)
 
