@@ -95,7 +95,7 @@ def shardings(abstract, axes, where: Layout | None = None):
 
 
 def draw(network, key, where=None) -> dict:
-    """Random parameters, each on the devices that keep it. LLVM would spend minutes to optimize what runs once."""
+    """Random parameters, each on the devices that keep it. Without LLVM's optimizations: the code runs once."""
     plain = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(network.init, out_shardings=where, compiler_options=plain)(key)
 

@@ -1,24 +1,13 @@
 """`make demo` in short: few clips, few steps, four prompts."""
 
-import importlib.util
 import json
 
-import pytest
 from PIL import Image
 
-from tests.conftest import REPO
+from tools import demo
 
 
-@pytest.fixture
-def demo():
-    spec = importlib.util.spec_from_file_location("demo", REPO / "tools/demo.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_demo_ends_with_pictures_and_figures(demo, tmp_path, monkeypatch, capfd):
+def test_the_demo_ends_with_pictures_and_figures(tmp_path, monkeypatch, capfd):
     orange, known = demo.prompts()
     assert len(orange) == 24 and all("orange" in text for text in orange)
     assert len(known) == 24 and not any("orange" in text for text in known)

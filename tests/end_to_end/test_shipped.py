@@ -4,7 +4,6 @@ import os
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from opensora_jax import locate
 from opensora_jax.data import shapes
 from opensora_jax.data.video_io import read_frames
 from opensora_jax.pipeline import Pipeline
+from tests.conftest import REPO
 from tests.oracle import matches
 
 FOLDER = locate.ASSETS / "tiny"
@@ -43,9 +43,8 @@ def test_one_clip_takes_under_twenty_seconds_from_the_command_line(tmp_path):
     quiet = {"XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     words = ["--prompt=a red circle moving left", f"--out={tmp_path / 'out'}"]
-    root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "opensora_jax.sample", *words]
-    subprocess.run(command, check=True, cwd=root, env=os.environ | quiet, capture_output=True)
+    subprocess.run(command, check=True, cwd=REPO, env=os.environ | quiet, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20
     (video,) = (tmp_path / "out").glob("*.mp4")
