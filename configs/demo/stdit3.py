@@ -4,8 +4,8 @@
     python -m opensora_jax.train  --config=configs/demo/stdit3.py --workdir=runs/tiny/stdit3 --export=runs/tiny/pipeline
 
 Hardware: 4 and 50 minutes on two CPU cores, a device each. Expect: a loss near 0.1, and clips that show what their captions say
-(the shipped one did after 3,500 steps). The text encoder keeps its random weights: a caption of ten known words needs no more, and what the words
-mean is learned in the denoiser's cross-attention.
+(the shipped one did after 3,500 steps). The text encoder keeps its random weights: a caption of ten known words needs no more,
+and what the words mean is learned in the denoiser's cross-attention.
 """
 
 from ml_collections import ConfigDict
