@@ -21,7 +21,9 @@ def commands(fence):
 
 
 def test_commands_that_need_weights_or_servers_have_real_flags(monkeypatch):
-    for words in commands("sh"):
+    found = commands("sh")
+    assert len(found) > 3
+    for words in found:
         stage = words[2].split(".")[-1]
         given = dict(word.removeprefix("--").split("=", 1) for word in words[3:])
         shared = {action.dest for action in entry.parser("", "")._actions} | {"config"}
