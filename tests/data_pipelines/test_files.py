@@ -13,8 +13,10 @@ from tests.data_pipelines.steps import step
 
 def moto():
     """S3 as AWS serves it, from this machine; the real driver speaks to it."""
+    driver = pytest.importorskip("s3fs").S3FileSystem
     server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    driver.clear_instance_cache()  # a driver that another test has made knows neither this server nor its keys
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
@@ -25,6 +27,7 @@ def moto():
 
         boto3.client("s3").create_bucket(Bucket="videos")
         yield "s3://videos"
+    driver.clear_instance_cache()
     server.stop()
 
 
