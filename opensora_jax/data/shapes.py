@@ -175,7 +175,7 @@ def write_shapes(
             record = make_record(index, seed=seed, choices=choices, num_frames=num_frames, size=size)
             frames = record.pop("frames")
             # Chroma at half size would smear the colours of shapes this small.
-            writer.write(record | {"video": encode_video(frames, record["fps"], crf=8, pix_fmt="yuv444p")})
+            writer.write(record | {"video": encode_video(frames, record["fps"], crf=8)})
     return write_manifest(folder, source="shapes", split=split, seed=seed, colours=list(colours))
 
 

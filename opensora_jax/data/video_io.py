@@ -18,6 +18,7 @@ from opensora_jax.common.errors import UserError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".gif")
 Size = tuple[int, int] | Callable[[int, int], tuple[int, int]] | None
+SMALL = 128  # pixels
 SEEK_FROM_FRAME = 64  # below this, decoding from the start is cheaper than listing packets and seeking
 
 
@@ -111,9 +112,12 @@ def write_video(
     *,
     codec: str = "libx264",
     crf: int = 18,
-    pix_fmt: str = "yuv420p",
+    pix_fmt: str = "",
 ) -> None:
-    """Writes [T, H, W, 3] uint8; an odd height or width is made even by repeating its last line, as h264 demands."""
+    """Writes [T, H, W, 3] uint8; an odd height or width is made even by repeating its last line, as h264 demands.
+
+    pix_fmt: yuv420p, which every player takes; below SMALL pixels yuv444p, since colour at half size would blur shapes.
+    """
     from fractions import Fraction
 
     import av
@@ -122,6 +126,9 @@ def write_video(
         remote(path).write_bytes(encode_video(frames, fps, codec=codec, crf=crf, pix_fmt=pix_fmt))
         return
     frames = _even(check_frames(frames))
+    if not pix_fmt:
+        small = min(frames.shape[1:3]) < SMALL and codec.startswith("libx26")
+        pix_fmt = "yuv444p" if small else "yuv420p"
     target = str(path) if isinstance(path, str | os.PathLike) else path
     options = {"crf": str(crf)} if codec.startswith(("libx26", "libsvt", "libvpx")) else {}
     if codec == "libx265":
