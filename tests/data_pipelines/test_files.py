@@ -13,21 +13,22 @@ from tests.data_pipelines.steps import step
 
 def moto():
     """S3 as AWS serves it, from this machine; the real driver speaks to it."""
-    driver = pytest.importorskip("s3fs").S3FileSystem
+    pytest.importorskip("s3fs")
     server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    driver.clear_instance_cache()  # a driver that another test has made knows neither this server nor its keys
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "x")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        import boto3
+    import boto3
+    from etils.epath import backend
+    from fsspec.config import conf
 
-        boto3.client("s3").create_bucket(Bucket="videos")
+    server.start()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    keys = {"aws_access_key_id": "x", "aws_secret_access_key": "x"}
+    boto3.client("s3", endpoint_url=address, region_name="us-east-1", **keys).create_bucket(Bucket="videos")
+    forget = type(backend.fsspec_backend)._get_filesystem.cache_clear  # epath's driver may know another server
+    forget()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(conf, "s3", {"endpoint_url": address, "key": "x", "secret": "x"})
         yield "s3://videos"
-    driver.clear_instance_cache()
+    forget()
     server.stop()
 
 

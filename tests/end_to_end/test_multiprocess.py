@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,8 +21,8 @@ from opensora_jax import train
 from opensora_jax.data.records import ShardWriter, write_manifest
 from opensora_jax.training.metrics import read_jsonl
 from opensora_jax.weights.store import Folder
+from tests.conftest import REPO
 
-REPO = Path(__file__).parents[2]
 CLIPS, BATCH = 32, 8
 SLOWEST_SECONDS = 600  # on a busy machine; the whole file takes a minute on a quiet one
 FLAGS = (
@@ -72,9 +71,8 @@ def flags_of(clips, workdir, steps):
 
 
 def environment(processes):
-    # Whole programs on a few rows: compiling is all that costs, so the compiler is told not to try.
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes} {quick}"}
+    devices = f"--xla_force_host_platform_device_count={8 // processes}"  # of two numbers the last one counts
+    return os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {devices}"}
 
 
 @contextlib.contextmanager

@@ -32,14 +32,13 @@ INTERPRETER = InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitiali
 def interpreter(monkeypatch):
     """jax compiles an interpreted kernel anew for each thread of each block; once is enough."""
     compiled, lock = {}, threading.Lock()
-    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
     def run(jaxpr, consts, *arguments):
         with lock:
             if id(jaxpr) not in compiled:
                 closed = ClosedJaxpr(jaxpr, consts)
                 program = jax.jit(lambda *arguments: jaxpr_as_fun(closed)(*arguments) and None)
-                compiled[id(jaxpr)] = jaxpr, program.lower(*arguments).compile(quick)
+                compiled[id(jaxpr)] = jaxpr, program.lower(*arguments).compile()
         compiled[id(jaxpr)][1](*arguments)
 
     monkeypatch.setattr(thread_map, "_run_jaxpr", run)

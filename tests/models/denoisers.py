@@ -1,7 +1,7 @@
 """What the tests of denoisers share: one tiny network a model, compiled once, on which gradients, the scanned stack and
 dropped text are checked."""
 
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from tests.checks import modules
 
 SHAPE = LatentShape(batch=2, frames=3, height=4, width=6, text_tokens=4)
 TINY = dict(hidden_size=24, depth=2, num_heads=2, mlp_ratio=2.0)
-QUICK = {"xla_backend_optimization_level": 0}  # these networks run for milliseconds and compile for seconds
 
 
 @cache
@@ -32,7 +31,7 @@ def tiny(stem, **overrides):
 
 
 def _compiled(network):
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(params, given):
         def projection(params):
             out = network(params, **given)
@@ -75,7 +74,7 @@ def scan_equals_unrolled(stem, **overrides):
     """The stack as one scan, and layer by layer as it runs while recording."""
     cfg, network, params, given, run = tiny(stem, **overrides)
     with taps.record():
-        unrolled = jax.jit(lambda params, given: network(params, **given), compiler_options=QUICK)(params, given)
+        unrolled = jax.jit(lambda params, given: network(params, **given))(params, given)
     np.testing.assert_allclose(run(params, given)[0], unrolled, rtol=2e-5, atol=2e-5 * float(jnp.abs(unrolled).max()))
 
 

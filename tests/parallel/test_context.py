@@ -25,7 +25,6 @@ SIZES = {"uneven": (5, 6, 6), "even": (8, 8, 8)}  # latent frames, height, width
 MESHES = {ways: MeshConfig(data=1, fsdp=8 // ways, context=ways, rules="fsdp_context") for ways in (2, 4, 8)}
 CASES = {2: ("uneven", "none"), 4: ("even", "full"), 8: ("uneven", "switches")}  # context: size and remat
 SCALARS = 64  # bytes: the loss
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # half the compile time
 
 
 def layout_of(ways: int) -> shard.Layout:
@@ -69,7 +68,7 @@ class Subject:
             run = jax.jit(self.forward)
             if train:
                 run = jax.jit(jax.value_and_grad(self.loss), out_shardings=(layout.replicated(), where))
-            return run.lower(*given).compile(QUICK), given
+            return run.lower(*given).compile(), given
 
 
 @cache

@@ -12,7 +12,7 @@ from opensora_jax.nn.params import Network
 from opensora_jax.parallel import shard
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.checks import modules, random_params
-from tests.models.denoisers import QUICK, TINY, arrays
+from tests.models.denoisers import TINY, arrays
 
 TEXT = dict(caption_channels=8)
 FAMILIES = {
@@ -37,7 +37,7 @@ class Subject:
         self.params = random_params(self.network)
         given = arrays(model.inputs(cfg, SHAPE), np.random.default_rng(0))
         self.given = {name: np.asarray(a) for name, a in given.items()}
-        self.alone = jax.device_get(jax.jit(self.run, compiler_options=QUICK)(self.params, self.given))
+        self.alone = jax.device_get(jax.jit(self.run)(self.params, self.given))
 
     def run(self, params, given):
         def projection(params):
@@ -50,7 +50,7 @@ class Subject:
     def on(self, layout):
         with shard.use(layout):
             where = shard.shardings(self.network.abstract, self.network.axes, layout)
-            run = jax.jit(self.run, out_shardings=(None, where), compiler_options=QUICK)
+            run = jax.jit(self.run, out_shardings=(None, where))
             return jax.device_get(run(jax.device_put(self.params, where), shard.place_batch(self.given, layout)))
 
 

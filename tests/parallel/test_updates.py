@@ -20,8 +20,6 @@ from opensora_jax.training.state import abstract_state, init_state
 from tests.parallel.conftest import layout_of
 from tests.parallel.test_equality import batch_of, noisy
 
-QUICK = {"xla_backend_optimization_level": 0}
-
 
 def two_updates(debug, layout, **settings):
     """The state after two updates, each over two micro-batches."""
@@ -36,7 +34,7 @@ def two_updates(debug, layout, **settings):
         placed = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, abstract["params"]))
         state = init_state(network, tx, abstract, None, placed)
         batch = shard.place_batch(batch_of((2, 4, 4)), layout)
-        step = trainer.compile_step(tx, abstract).lower(state, batch, {}).compile(compiler_options=QUICK)
+        step = trainer.compile_step(tx, abstract).lower(state, batch, {}).compile()
         for _ in range(2):
             state, metrics = step(state, batch, {})
     return state, metrics
