@@ -1,4 +1,6 @@
-"""Conditions such as "aes >= 5 and not contains(text, 'logo')" as Arrow computations: a small, safe part of Python."""
+"""Conditions such as "aes >= 5 and not contains(text, 'logo')", and new values such as "height * width", as Arrow
+computations: a small, safe part of Python.
+"""
 
 import ast
 import difflib
@@ -16,8 +18,15 @@ COMPARE = {
     ast.Eq: pc.equal,
     ast.NotEq: pc.not_equal,
 }
+
+
+def add(a, b):
+    """Numbers are added, words joined."""
+    return pc.binary_join_element_wise(a, b, "") if pa.types.is_string(a.type) else pc.add(a, b)
+
+
 ARITHMETIC = {
-    ast.Add: pc.add,
+    ast.Add: add,
     ast.Sub: pc.subtract,
     ast.Mult: pc.multiply,
     ast.Div: lambda a, b: pc.divide(pc.cast(a, pa.float64()), pc.cast(b, pa.float64())),
@@ -27,9 +36,14 @@ ARITHMETIC = {
 }
 CALLS = {
     "abs": pc.abs,
+    "ceil": pc.ceil,
+    "round": pc.round,
     "len": pc.utf8_length,
     "lower": pc.utf8_lower,
     "is_null": pc.is_null,
+    "if_null": pc.coalesce,
+    "replace": lambda a, old, new: pc.replace_substring(a, old.as_py(), new.as_py()),
+    "stem": lambda path: pc.replace_substring_regex(path, r"^(?:.*/)?([^/]+?)(?:\.[^./]*)?$", r"\1"),
     "contains": lambda a, b: pc.match_substring(a, b.as_py()),
     "startswith": lambda a, b: pc.starts_with(a, b.as_py()),
     "endswith": lambda a, b: pc.ends_with(a, b.as_py()),
@@ -38,14 +52,14 @@ CALLS = {
 
 
 class Expression:
-    """A parsed condition: its text, the columns it reads, and the mask of a table."""
+    """A parsed condition or value: its text, the columns it reads, and what it gives for the rows of a table."""
 
     def __init__(self, text: str):
         self.text = text.strip()
         try:
             self.tree = ast.parse(self.text, mode="eval").body
         except SyntaxError as error:
-            raise UserError(f"condition {text!r} cannot be read: {error.msg}") from error
+            raise UserError(f"{text!r} cannot be read: {error.msg}") from error
         calls = {id(node.func) for node in ast.walk(self.tree) if isinstance(node, ast.Call)}
         self.columns = list(
             dict.fromkeys(n.id for n in ast.walk(self.tree) if isinstance(n, ast.Name) and id(n) not in calls)
@@ -58,24 +72,29 @@ class Expression:
             if isinstance(part, ast.Call):
                 name = getattr(part.func, "id", "?")
                 if name not in CALLS or part.keywords:
-                    raise UserError(f"condition {self.text!r}: {name} is none of {', '.join(CALLS)}")
+                    raise UserError(f"{self.text!r}: {name} is none of {', '.join(CALLS)}")
             elif not isinstance(part, (*SIMPLE, *COMPARE, *ARITHMETIC)):
-                raise UserError(f"condition {self.text!r}: {ast.unparse(part) or type(part).__name__} is not supported")
+                raise UserError(f"{self.text!r}: {ast.unparse(part) or type(part).__name__} is not supported")
 
     def mask(self, table: pa.Table):
+        result = self.values(table)
+        if not pa.types.is_boolean(result.type):
+            raise UserError(f"{self.text!r} is no yes or no: compare it with something")
+        return result
+
+    def values(self, table: pa.Table):
+        """One value a row."""
         for name in self.columns:
             if name not in table.column_names:
                 near = difflib.get_close_matches(name, table.column_names, 1)
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(table.column_names)}"
-                raise UserError(f"condition {self.text!r}: there is no column {name}; {hint}")
+                raise UserError(f"{self.text!r}: there is no column {name}; {hint}")
         try:
             result = self.value(self.tree, table)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, TypeError) as error:
-            raise UserError(f"condition {self.text!r} does not fit the columns: {error}") from error
+        except (pa.ArrowException, TypeError, AttributeError) as error:
+            raise UserError(f"{self.text!r} does not fit the columns: {error}") from error
         if isinstance(result, pa.Scalar):
             result = pa.repeat(result, table.num_rows)
-        if not pa.types.is_boolean(result.type):
-            raise UserError(f"condition {self.text!r} is no yes or no: compare it with something")
         return result
 
     def value(self, node: ast.AST, table: pa.Table):

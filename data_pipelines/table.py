@@ -5,21 +5,26 @@
   info                          rows, columns and what is missing
   convert                       Parquet ⇄ CSV; --columns=… chooses and orders; --original keeps the originals' columns
   filter                        --keep="aes >= 5,num_frames >= 48"; says what each condition removed
+  set                           --value="resolution = height * width, id = stem(path)": columns from others, in turn
+  captions                      text from the NAME.txt or NAME.json beside each path, where there is one
   merge                         rows of all inputs; columns that one lacks are empty
   join                          columns of the later inputs beside the first, matched --on=id
+  update                        values of the later inputs in place of the first's, matched --on: new captions, say
   subtract, intersect           rows of the first that are (not) in the second, matched --on
-  dedup                         the first row of each value of --on=path
+  dedup                         the first row of each value of --on=path, and those without one
   sort                          --by=aes [--descending]
   shuffle, head, sample         --seed=0, --rows=1000
   shard                         --parts=8: FILE_000 … FILE_007, in order
-  split                         --parts=train:0.98,val:0.02 by a hash of id, so that growing data keep their side
+  split                         --parts=train:0.98,val:0.02 by a hash of --on=id, so that growing data keep their side
   bucket                        at most --rows of each (height, width, frames) group, as the originals' split
   root                          --root=/new makes paths below --old absolute; --relative takes --root away
 
-info, filter and split read the table in pieces and write as they go: any number of rows in bounded memory.
+info, filter, set and split read the table in pieces and write as they go: any number of rows in bounded memory.
 """
 
 import argparse
+import itertools
+import os
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -30,6 +35,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from data_pipelines import files, tables
+from data_pipelines.expression import Expression
 from data_pipelines.filter import Tally
 from opensora_jax.common.errors import UserError, guarded
 
@@ -85,14 +91,29 @@ def info(pieces: list[tables.Pieces], args) -> None:
 def filtered(pieces: list[tables.Pieces], args) -> None:
     if not args.keep:
         raise UserError("filter needs --keep=CONDITION[,CONDITION …]")
-    tally, sink = Tally(tuple(part.strip() for part in split_conditions(args.keep))), Sink(args.output)
+    tally, sink = Tally(tuple(part.strip() for part in split_commas(args.keep))), Sink(args.output)
     for piece in pieces[0]():
         sink.add(piece.filter(tally.add(piece)))
     sink.close(pieces[0].schema)
     print("\n".join([*tally.lines(), f"{tally.kept} of {tally.rows} rows kept"]))
 
 
-def split_conditions(text: str) -> Iterator[str]:
+def with_values(pieces: list[tables.Pieces], args) -> None:
+    """Each NAME = EXPRESSION in turn, so that the next may read what the last has made."""
+    parts = [part.partition("=") for part in split_commas(args.value)]
+    if not all(name.strip().isidentifier() and value.strip() for name, _, value in parts):
+        raise UserError('set needs --value="NAME = EXPRESSION[, NAME = EXPRESSION …]"')
+    made, sink = [(name.strip(), Expression(value)) for name, _, value in parts], Sink(args.output)
+    source = pieces[0]
+    for piece in itertools.chain(source(), [] if source.data.count_rows() else [source.schema.empty_table()]):
+        for name, expression in made:
+            piece = tables.set_column(piece, name, expression.values(piece))
+        sink.add(piece)
+    sink.close(source.schema)
+    print(f"{sink.rows} rows in {args.output}")
+
+
+def split_commas(text: str) -> Iterator[str]:
     """Commas outside brackets and quotes separate conditions."""
     depth, quote, start = 0, "", 0
     for k, letter in enumerate(text):
@@ -111,7 +132,7 @@ def split_conditions(text: str) -> Iterator[str]:
 
 
 def parted(pieces: list[tables.Pieces], args) -> None:
-    """Train, validation and so on, by a hash of the id: a row never changes sides when rows are added."""
+    """Train, validation and so on, by a hash of --on: a row never changes sides when rows are added."""
     try:
         shares = {name: float(share) for name, share in (part.split(":") for part in args.parts.split(","))}
     except ValueError as error:
@@ -122,7 +143,7 @@ def parted(pieces: list[tables.Pieces], args) -> None:
     sinks = {name: Sink(f"{stem}_{name}{dot}{suffix}") for name in shares}
     edges = np.cumsum(list(shares.values()))[:-1]
     for piece in pieces[0]():
-        side = np.searchsorted(edges, uniform(piece["id"], args.seed), side="right")
+        side = np.searchsorted(edges, uniform(piece[args.on], args.seed), side="right")
         for number, sink in enumerate(sinks.values()):
             sink.add(piece.filter(pa.array(side == number)))
     for name, sink in sinks.items():
@@ -171,6 +192,28 @@ def joined(found: list[pa.Table], args) -> pa.Table:
     return result
 
 
+def updated(found: list[pa.Table], args) -> pa.Table:
+    """The first table with the values of the later ones, where they have one; columns it lacks are not added."""
+    need(found, 2, "update")
+    result = found[0]
+    for other in found[1:]:
+        places = pc.index_in(result[args.on], other[args.on])
+        print(f"{len(places) - places.null_count} of {result.num_rows} rows have a counterpart")
+        for name in set(other.column_names) & set(result.column_names) - {args.on}:
+            values = other[name].take(places).cast(result[name].type)
+            result = tables.set_column(result, name, pc.coalesce(values, result[name]))
+    return result
+
+
+def captioned(table: pa.Table, args) -> pa.Table:
+    folder = os.path.dirname(files.absolute(args.input[0]))
+    old = table["text"].to_pylist() if "text" in table.column_names else [None] * table.num_rows
+    found = [tables.sidecar(os.path.join(folder, path)) for path in table["path"].to_pylist()]
+    print(f"{sum(text is not None for text in found)} of {table.num_rows} rows have a caption beside them")
+    texts = [before if text is None else text for before, text in zip(old, found)]
+    return tables.set_column(table, "text", pa.array(texts, pa.string()))
+
+
 def members(found: list[pa.Table], args, keep: bool) -> pa.Table:
     need(found, 2, args.verb)
     inside = pc.is_in(found[0][args.on], found[1][args.on].combine_chunks())
@@ -178,8 +221,10 @@ def members(found: list[pa.Table], args, keep: bool) -> pa.Table:
 
 
 def first_of_each(table: pa.Table, key: str) -> pa.Table:
+    """Rows without a value stay: that two are unknown makes them no doubles."""
     numbered = table.select([key]).append_column("row", pa.array(np.arange(table.num_rows)))
-    return table.take(numbered.group_by(key).aggregate([("row", "min")])["row_min"].sort())
+    first = numbered.group_by(key).aggregate([("row", "min")])["row_min"]
+    return table.filter(pc.or_(pc.is_null(table[key]), pc.is_in(numbered["row"], first.combine_chunks())))
 
 
 def bucketed(table: pa.Table, args) -> pa.Table:
@@ -208,29 +253,18 @@ def rooted(table: pa.Table, args) -> pa.Table:
     return tables.set_column(table, "path", pa.array(moved, pa.string()))
 
 
-def changed(found: list[pa.Table], args) -> pa.Table:
-    """The verbs that make one table out of whole ones."""
-    table, rng = found[0], np.random.default_rng(args.seed)
-    if args.verb == "convert":
-        return table
-    if args.verb == "merge":
-        return pa.concat_tables(found, promote_options="permissive")
-    if args.verb == "join":
-        return joined(found, args)
-    if args.verb in ("subtract", "intersect"):
-        return members(found, args, args.verb == "intersect")
-    if args.verb == "dedup":
-        return first_of_each(table, args.on)
-    if args.verb == "sort":
-        return table.sort_by([(args.by, "descending" if args.descending else "ascending")])
-    if args.verb == "shuffle":
-        return table.take(pa.array(rng.permutation(table.num_rows)))
-    if args.verb == "head":
-        return table.slice(0, args.rows)
-    if args.verb == "sample":
-        picked = rng.choice(table.num_rows, min(args.rows, table.num_rows), replace=False)
-        return table.take(pa.array(np.sort(picked)))
-    return bucketed(table, args) if args.verb == "bucket" else rooted(table, args)
+def ordered(table: pa.Table, args) -> pa.Table:
+    return table.sort_by([(args.by, "descending" if args.descending else "ascending")])
+
+
+def shuffled(table: pa.Table, args) -> pa.Table:
+    return table.take(pa.array(np.random.default_rng(args.seed).permutation(table.num_rows)))
+
+
+def sampled(table: pa.Table, args) -> pa.Table:
+    count = min(args.rows, table.num_rows)
+    picked = np.random.default_rng(args.seed).choice(table.num_rows, count, replace=False)
+    return table.take(pa.array(np.sort(picked)))
 
 
 def sharded(table: pa.Table, args) -> Iterable[tuple[str, pa.Table]]:
@@ -253,21 +287,27 @@ def save(table: pa.Table, path: str, args) -> None:
     print(f"{table.num_rows} rows in {path}")
 
 
-STREAMED = {"info": info, "filter": filtered, "split": parted}
-WHOLE = (
-    "convert",
-    "merge",
-    "join",
-    "subtract",
-    "intersect",
-    "dedup",
-    "sort",
-    "shuffle",
-    "head",
-    "sample",
-    "bucket",
-    "root",
-)
+STREAMED = {"info": info, "filter": filtered, "set": with_values, "split": parted}
+ONE = {  # whole tables → one table
+    "convert": lambda table, args: table,
+    "shard": lambda table, args: table,
+    "captions": captioned,
+    "dedup": lambda table, args: first_of_each(table, args.on),
+    "sort": ordered,
+    "shuffle": shuffled,
+    "head": lambda table, args: table.slice(0, args.rows),
+    "sample": sampled,
+    "bucket": bucketed,
+    "root": rooted,
+}
+SEVERAL = {
+    "merge": lambda found, args: pa.concat_tables(found, promote_options="permissive"),
+    "join": joined,
+    "update": updated,
+    "subtract": lambda found, args: members(found, args, keep=False),
+    "intersect": lambda found, args: members(found, args, keep=True),
+}
+MATCHED = ("join", "update", "subtract", "intersect", "dedup", "split")  # by --on
 
 
 def main() -> None:
@@ -276,29 +316,32 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    flags.add_argument("verb", choices=[*STREAMED, *WHOLE, "shard"])
-    flags.add_argument("--input", required=True, type=lambda text: text.split(","))
-    flags.add_argument("--output", type=lambda path: files.absolute(path))
-    flags.add_argument("--columns", default="")
-    flags.add_argument("--original", action="store_true")
-    flags.add_argument("--keep", default="")
-    flags.add_argument("--on", default=None, help="column to match rows by (default id; path for dedup)")
-    flags.add_argument("--by", default="id")
-    flags.add_argument("--descending", action="store_true")
-    flags.add_argument("--rows", type=int, default=1000)
-    flags.add_argument("--parts", default="")
-    flags.add_argument("--seed", type=int, default=0)
-    flags.add_argument("--root", default="")
-    flags.add_argument("--old", default="")
-    flags.add_argument("--relative", action="store_true")
-    flags.add_argument("--debug", action="store_true")
+    flags.add_argument("verb", choices=[*STREAMED, *ONE, *SEVERAL])
+    flags.add_argument("--input", required=True, type=lambda text: text.split(","), help="tables, with commas")
+    flags.add_argument("--output", type=lambda path: files.absolute(path), help="a .parquet or .csv")
+    flags.add_argument("--columns", default="", help="names with commas: the columns to write, in this order")
+    flags.add_argument("--original", action="store_true", help="write the columns that the originals know")
+    flags.add_argument("--keep", default="", help="of filter: conditions with commas")
+    flags.add_argument("--value", default="", help="of set: NAME = EXPRESSION, several with commas")
+    flags.add_argument("--on", default=None, help="column that tells rows apart (default id; path for dedup)")
+    flags.add_argument("--by", default="id", help="of sort: a column")
+    flags.add_argument("--descending", action="store_true", help="of sort: the largest first")
+    flags.add_argument("--rows", type=int, default=1000, help="of head, sample and bucket")
+    flags.add_argument("--parts", default="", help="of shard: how many; of split: names and shares")
+    flags.add_argument("--seed", type=int, default=0, help="of shuffle, sample, bucket and split")
+    flags.add_argument("--root", default="", help="of root: the folder where the files are")
+    flags.add_argument("--old", default="", help="of root: the folder where they were")
+    flags.add_argument("--relative", action="store_true", help="of root: take --root away from the paths")
+    flags.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = flags.parse_args()
     if args.verb != "info" and not args.output:
         raise UserError(f"{args.verb} needs --output=FILE")
+    if len(args.input) > 1 and args.verb not in ("info", *SEVERAL):
+        raise UserError(f"{args.verb} takes one input; make one of {', '.join(args.input)} with merge first")
     pieces = [tables.Pieces(name) for name in args.input]
     args.on = args.on or ("path" if args.verb == "dedup" else "id")
-    wanted = {"sort": args.by, "split": "id", "root": "path"}.get(args.verb)
-    wanted = args.on if args.verb in ("join", "subtract", "intersect", "dedup") else wanted
+    wanted = {"sort": args.by, "root": "path", "captions": "path"}.get(args.verb)
+    wanted = args.on if args.verb in MATCHED else wanted
     for source, name in zip(pieces, args.input):
         if wanted and wanted not in source.schema.names:
             raise UserError(f"{name} has no column {wanted}; it has {', '.join(source.schema.names)}")
@@ -306,7 +349,11 @@ def main() -> None:
         STREAMED[args.verb](pieces, args)
         return
     found = whole(pieces)
-    for path, table in sharded(found[0], args) if args.verb == "shard" else [(args.output, changed(found, args))]:
+    try:
+        made = SEVERAL[args.verb](found, args) if args.verb in SEVERAL else ONE[args.verb](found[0], args)
+    except pa.ArrowException as error:
+        raise UserError(f"{args.verb}: these tables do not fit: {error}") from error
+    for path, table in sharded(made, args) if args.verb == "shard" else [(args.output, made)]:
         save(table, path, args)
 
 

@@ -5,6 +5,7 @@ the same on another machine and between runs.
 """
 
 import io
+import json
 import os
 from pathlib import Path
 
@@ -48,9 +49,20 @@ def from_files(found: list[str], root: str) -> pa.Table:
 
 
 def sidecar(name: str) -> str | None:
-    """The caption that lies beside a local video as NAME.txt."""
-    beside = Path(name).with_suffix(".txt")
-    return beside.read_text().strip() if not files.is_remote(name) and beside.is_file() else None
+    """The caption that lies beside a local video as NAME.txt, or as `caption` or `text` in NAME.json."""
+    if files.is_remote(name):
+        return None
+    plain, structured = Path(name).with_suffix(".txt"), Path(name).with_suffix(".json")
+    if plain.is_file():
+        return plain.read_text().strip()
+    if not structured.is_file():
+        return None
+    try:
+        facts = json.loads(structured.read_text())
+    except ValueError as error:
+        raise UserError(f"{structured} is no JSON: {error}") from error
+    text = (facts.get("caption") or facts.get("text")) if isinstance(facts, dict) else None
+    return text.strip() if isinstance(text, str) else None
 
 
 def read(path: str, columns: list[str] | None = None) -> pa.Table:

@@ -35,6 +35,10 @@ class Tokenizer:
         out = self.inner(texts, padding="max_length", truncation=True, max_length=length)
         return np.asarray(out["input_ids"], np.int32), np.asarray(out["attention_mask"], np.int32)
 
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, its end included, however long it is."""
+        return [len(ids) for ids in self.inner(list(texts))["input_ids"]]
+
     @property
     def vocab_size(self) -> int:
         """Rows that an embedding table needs, special tokens included."""

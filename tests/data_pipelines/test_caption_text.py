@@ -1,5 +1,7 @@
 """Clean-up of captions and the score suffixes of 1.2, 1.3 and 2.0."""
 
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
 
@@ -7,7 +9,11 @@ from data_pipelines import pipeline
 from data_pipelines.caption_text import AESTHETIC, MOTION, SUFFIX, clean, word
 from data_pipelines.pipeline import Options
 from opensora_jax.common.errors import UserError
+from opensora_jax.common.prompts import text_preprocessing
+from opensora_jax.text.tokenizers import load_tokenizer
 from tests.data_pipelines.steps import step
+
+TOKENIZER = Path(__file__).parents[2] / "opensora_jax" / "assets" / "tiny" / "tokenizer"
 
 
 @pytest.mark.parametrize(
@@ -43,7 +49,7 @@ ROWS = pa.table(
 
 
 def run(tmp_path, table=ROWS, **options):
-    folder = str(tmp_path / "-".join(map(str, options.values())))
+    folder = str(tmp_path / "-".join(str(option).replace("/", "_") for option in options.values()))
     return pipeline.run([step("caption_text", **options)], table, Options(folder, quiet=True)).sort_by("id")
 
 
@@ -61,7 +67,41 @@ def test_scores_as_numbers_words_and_fps(tmp_path):
     fps = run(tmp_path, scores="fps")["text"].to_pylist()
     assert fps == ["A hill. 24 FPS, 10 motion score.", "A lake. 30 FPS, 0 motion score.", ""]
     plain = run(tmp_path, scores="none")
-    assert plain["text"].to_pylist() == ["A hill.", "A lake.", ""] and plain["text_len"].to_pylist() == [2, 2, 0]
+    assert plain["text"].to_pylist() == ["A hill.", "A lake.", ""] and plain["words"].to_pylist() == [2, 2, 0]
+    assert plain["text_len"].null_count == 3  # no tokenizer
+
+
+def test_the_camera_in_a_sentence(tmp_path):
+    table = pa.table({"id": ["a", "b", "c"], "text": ["A hill."] * 3, "cmotion": ["pan left", "undetermined", None]})
+    once = run(tmp_path / "once", table, scores="camera")
+    assert once["text"].to_pylist() == ["A hill. The camera is panning left.", "A hill.", "A hill."]
+    assert run(tmp_path / "twice", once, scores="camera")["text"] == once["text"]
+    assert run(tmp_path / "words", table, scores="words")["text"][1].as_py() == "A hill."
+
+
+def test_tokens_are_those_of_the_text_encoder(tmp_path):
+    made = run(tmp_path, tokenizer=str(TOKENIZER), append="of course")
+    ids, mask = load_tokenizer(TOKENIZER, 64)(made["text"].to_pylist()[:2])
+    assert made["text_len"].to_pylist() == [*mask.sum(axis=1).tolist(), None] and made["words"][0].as_py() == 4
+    with pytest.raises(UserError, match="no tokenizer folder"):
+        run(tmp_path / "none", tokenizer="/none")
+
+
+def test_a_caption_cleaned_as_a_prompt_is_left_alone_by_sampling_and_loses_its_scores_again(tmp_path):
+    made = run(tmp_path, scores="words", t5_clean=True)
+    text = made["text"][0].as_py()
+    assert text == "a hill. the aesthetic score is fair. the motion strength is high. camera motion: pan left."
+    assert text_preprocessing(text) == text
+    assert run(tmp_path / "undo", made, scores="undo", clean=False)["text"][0].as_py() == "a hill"
+
+
+def test_sentences_about_what_is_not_there_can_go(tmp_path):
+    text = ["A hill. There is no tree on it. A man walks! He does not run.", "There are no people."]
+    table = pa.table({"id": ["a", "b"], "text": text})
+    made = run(tmp_path, table, drop_sentences="(is|are) no |does not ")
+    assert made["text"].to_pylist() == ["A hill. A man walks!", ""]
+    with pytest.raises(UserError, match="no regular expression"):
+        run(tmp_path / "bad", table, drop_sentences="(")
 
 
 @pytest.mark.parametrize("scores", ["numbers", "words", "fps"])
