@@ -2,12 +2,13 @@
 
     python -m data_pipelines.analyze --input=WORK/table.parquet --output=REPORT [--columns=flow,aes,cmotion]
 
-Reads the table in pieces, so that ten million rows need no more memory than ten thousand: two passes for numbers
-(range, then 4096 bins, from which percentiles are exact to a 4096th of the range).
+Reads the table once and in pieces, so that ten million rows need no more memory than ten thousand: numbers are counted
+under their first bits, which makes percentiles exact to a 512th of their value, however far the range reaches.
 """
 
 import argparse
 import dataclasses
+import functools
 import html
 import json
 import sys
@@ -21,20 +22,33 @@ import pyarrow.compute as pc
 from data_pipelines import files, tables
 from opensora_jax.common.errors import UserError, guarded
 
-BINS = 4096
-SHOWN = (
-    "num_frames",
-    "seconds",
-    "fps",
-    "width",
-    "height",
-    "aspect_ratio",
-    "resolution",
-    "filesize",
-    "status",
-    "text_len",
-)
-SHOWN += ("aes", "flow", "ocr", "ocr_area", "match", "cmotion", "sharpness", "colorfulness", "luma", "change")
+DROPPED = 14  # bits of a float32 that are not looked at: a sign, an exponent and 9 bits are left
+BINS = 1 << (32 - DROPPED)
+SHOWN = {  # the columns of a report, and what their numbers are
+    "num_frames": "frames of a clip",
+    "seconds": "seconds",
+    "fps": "frames a second",
+    "width": "pixels",
+    "height": "pixels",
+    "aspect_ratio": "height / width",
+    "resolution": "height × width, pixels",
+    "filesize": "bytes",
+    "status": "",
+    "words": "words of a caption",
+    "text_len": "tokens of a caption",
+    "language": "",
+    "language_match": "probability of the wanted language",
+    "aes": "aesthetic score",
+    "flow": "motion, pixels on a grid of 320×576",
+    "ocr": "boxes with text",
+    "ocr_area": "share of the picture with text",
+    "match": "CLIP's logit of caption and picture",
+    "cmotion": "",
+    "sharpness": "variance of the Laplacian",
+    "colorfulness": "Hasler and Süsstrunk's measure",
+    "luma": "brightness, 0 to 255",
+    "change": "difference of sampled frames, 0 to 255",
+}
 
 
 @dataclasses.dataclass
@@ -50,7 +64,7 @@ class Summary:
     bins: np.ndarray | None = None
     words: Counter | None = None
 
-    def range(self, column: pa.ChunkedArray) -> None:
+    def add(self, column: pa.ChunkedArray) -> None:
         self.rows += len(column)
         self.missing += column.null_count
         if is_text(column.type):
@@ -58,21 +72,20 @@ class Summary:
             counted = pc.value_counts(column.drop_null())
             self.words.update(dict(zip(counted.field("values").to_pylist(), counted.field("counts").to_pylist())))
             return
-        if len(column) > column.null_count:
-            ends = pc.min_max(column)
-            self.low = min(self.low, float(ends["min"].as_py()))
-            self.high = max(self.high, float(ends["max"].as_py()))
-            self.total += float(pc.sum(column).as_py())
-
-    def count(self, column: pa.ChunkedArray) -> None:
-        if self.words is not None or self.low > self.high:
-            return
-        if self.bins is None:
-            self.bins = np.zeros(BINS, np.int64)
         values = column.drop_null().to_numpy()
-        span = self.high - self.low
-        places = ((values - self.low) * (BINS / span)).astype(np.int64) if span else np.zeros(len(values), np.int64)
-        self.bins += np.bincount(np.minimum(places, BINS - 1), minlength=BINS)
+        finite = values[np.isfinite(values)]
+        self.missing += len(values) - len(finite)
+        if len(finite):
+            self.low = min(self.low, float(finite.min()))
+            self.high = max(self.high, float(finite.max()))
+            self.total += float(finite.sum())
+            counts = np.bincount(places(finite), minlength=BINS)
+            self.bins = counts if self.bins is None else self.bins + counts
+
+    def quantile(self, share: float) -> float:
+        """The least value of which this share of the values is not larger, its last bits cut off."""
+        running = np.cumsum(self.bins)
+        return float(np.clip(starts()[np.searchsorted(running, share * running[-1])], self.low, self.high))
 
     def facts(self) -> dict:
         facts = {"rows": self.rows, "missing": self.missing}
@@ -80,13 +93,37 @@ class Summary:
             return facts | {"distinct": len(self.words), "top": dict(self.words.most_common(20))}
         if self.bins is None:
             return facts
-        running = np.cumsum(self.bins)
-        edges = self.low + (np.arange(BINS) + 0.5) * (self.high - self.low) / BINS
-        quantiles = {
-            f"p{q}": float(edges[np.searchsorted(running, q / 100 * running[-1])]) for q in (1, 5, 25, 50, 75, 95, 99)
-        }
+        quantiles = {f"p{q}": self.quantile(q / 100) for q in (1, 5, 25, 50, 75, 95, 99)}
         mean = self.total / (self.rows - self.missing)
         return facts | {"min": self.low, "max": self.high, "mean": mean, **quantiles}
+
+    def bars(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """Counts, edges, and how many values lie outside: a few far away would press the rest into one bar."""
+        most, least = self.quantile(0.995), self.quantile(0.005)
+        if self.high - self.low < 4 * (most - least):
+            most, least = self.high, self.low
+        width = max(most - least, abs(most) / 256)  # narrower, the bins would show as a comb
+        many = 64 if self.rows > 1000 else 24
+        filled = np.flatnonzero(self.bins)
+        at = np.clip(starts()[filled], self.low, self.high)
+        inside = (at >= least) & (at <= most)
+        counts, edges = np.histogram(at[inside], many, (least, least + width), weights=self.bins[filled][inside])
+        return counts, edges, int(self.bins[filled][~inside].sum())
+
+
+def places(values: np.ndarray) -> np.ndarray:
+    """The bin of each number: the first bits of a float32, of negative numbers turned round, are in the numbers' order."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)) >> np.uint32(DROPPED)
+
+
+@functools.cache
+def starts() -> np.ndarray:
+    """The number nearest to zero in each bin."""
+    keys = np.arange(BINS, dtype=np.uint32) << np.uint32(DROPPED)
+    negative = ~keys & ~np.uint32((1 << DROPPED) - 1)
+    with np.errstate(invalid="ignore"):
+        return np.where(keys >> 31, keys & np.uint32((1 << 31) - 1), negative).view(np.float32).astype(np.float64)
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -94,15 +131,11 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def summarise(pieces: Callable[[list[str]], Iterable[pa.Table]], columns: list[str]) -> list[Summary]:
-    """`pieces(columns)` gives the table's rows in pieces; it is gone through twice."""
+    """`pieces(columns)` gives the table's rows in pieces."""
     summaries = [Summary(name) for name in columns]
     for piece in pieces(columns):
         for summary in summaries:
-            summary.range(piece[summary.name])
-    numbers = [s for s in summaries if s.words is None]
-    for piece in pieces([s.name for s in numbers]) if numbers else ():
-        for summary in numbers:
-            summary.count(piece[summary.name])
+            summary.add(piece[summary.name])
     return summaries
 
 
@@ -120,24 +153,47 @@ def draw(summary: Summary, path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(4, 2.4), layout="constrained")
-    if summary.words is not None:
+    figure, axes = pyplot.subplots(figsize=(4.4, 2.8), layout="constrained")
+    label, counts = SHOWN.get(summary.name, ""), axes.yaxis
+    if summary.words:
         top = summary.words.most_common(12)[::-1]
         axes.barh([str(word)[:24] for word, _ in top], [count for _, count in top])
-        axes.set_xlabel("rows", fontsize=7)
+        label, counts = "rows", axes.xaxis
+    elif summary.low == summary.high:
+        axes.bar([summary.low], [summary.rows - summary.missing])
+        axes.set(ylabel="rows", xlim=(summary.low - 5, summary.low + 5), xticks=[summary.low])
+        axes.set_xticklabels([shown(summary.low)])
     elif summary.bins is not None:
-        width = (summary.high - summary.low) / 64
-        if width:
-            axes.bar(summary.low + np.arange(64) * width, summary.bins.reshape(64, -1).sum(axis=1), width, align="edge")
-        else:  # one value
-            axes.bar([summary.low], [summary.bins.sum()], 0.1)
-            axes.set(xlim=(summary.low - 1, summary.low + 1), xticks=[summary.low])
-        axes.set_ylabel("rows", fontsize=7)
-    axes.set_title(summary.name, fontsize=9)
-    axes.tick_params(labelsize=7)
+        heights, edges, outside = summary.bars()
+        axes.bar(edges[:-1], heights, np.diff(edges), align="edge")
+        axes.set_ylabel("rows")
+        label = f"{label}; {outside:,} rows outside".lstrip("; ") if outside else label
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6))
+        axes.xaxis.set_major_formatter(lambda value, _: shown(float(value)))
+    else:
+        axes.text(0.5, 0.5, "no values", ha="center", va="center")
+        axes.set(xticks=[], yticks=[])
+    counts.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
+    counts.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xlabel(label)
+    axes.set_title(summary.name)
+    axes.spines[["top", "right"]].set_visible(False)
     with files.replacing(path) as local:
-        figure.savefig(local, dpi=110)
+        figure.savefig(local, dpi=160)
     pyplot.close(figure)
+
+
+STYLE = """
+:root { color-scheme: light dark }
+body { font: 16px/1.4 system-ui, sans-serif; margin: 1.5rem auto; max-width: 80rem; padding: 0 1rem }
+.table { overflow-x: auto }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
+td, th { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap }
+td:first-child, th:first-child { text-align: left; position: sticky; left: 0; background: Canvas }
+td:last-child, th:last-child { text-align: left; white-space: normal; min-width: 14rem }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: 1rem; margin-top: 2rem }
+.charts img { width: 100%; box-sizing: border-box; border: 1px solid #8884; border-radius: .4rem }
+"""
 
 
 def report(summaries: list[Summary], output: str, title: str) -> dict:
@@ -145,18 +201,31 @@ def report(summaries: list[Summary], output: str, title: str) -> dict:
     facts = {s.name: s.facts() for s in summaries}
     for summary in summaries:
         draw(summary, files.join(output, f"{summary.name}.png"))
-    head, *lines = overview(facts)
-    cells = lambda kind, line: "<tr>" + "".join(f"<{kind}>{html.escape(cell)}" for cell in line)
-    pictures = "".join(f'<a href="#top"><img src="{name}.png" alt="{name}" id="{name}"></a>' for name in facts)
-    style = "body{font:14px sans-serif;margin:2em}img{margin:.5em;border:1px solid #ddd}table{border-collapse:collapse}"
-    style += "td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd}td:first-child{text-align:left}"
-    style += "td:last-child{text-align:left}"
-    page = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{style}</style><body id=top>"
-    page += f"<h1>{html.escape(title)}</h1><p>{summaries[0].rows if summaries else 0} rows</p>"
-    page += f"<table>{cells('th', head)}{''.join(cells('td', line) for line in lines)}</table><p>{pictures}"
-    files.write_bytes(files.join(output, "report.html"), page.encode())
+    files.write_bytes(files.join(output, "report.html"), page(facts, title).encode())
     files.write_bytes(files.join(output, "report.json"), json.dumps(facts, indent=1).encode())
     return facts
+
+
+def page(facts: dict[str, dict], title: str) -> str:
+    title, (head, *lines) = html.escape(title), overview(facts)
+    names = [html.escape(name) for name in facts]
+    cells = lambda kind, line: "<tr>" + "".join(f"<{kind}>{cell}" for cell in line)
+    body = [
+        cells("td", [f'<a href="#{name}">{name}</a>', *map(html.escape, line[1:])]) for name, line in zip(names, lines)
+    ]
+    rows = next(iter(facts.values()))["rows"] if facts else 0
+    return "\n".join(
+        [
+            f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>",
+            f'<meta name=viewport content="width=device-width, initial-scale=1"><style>{STYLE}</style>',
+            f"<h1>{title}</h1><p>{rows:,} rows; p5 is the value that 5% of them do not exceed.",
+            f"<div class=table><table>{cells('th', head)}",
+            *body,
+            "</table></div><div class=charts>",
+            *(f'<img src="{name}.png" alt="histogram of {name}" id="{name}">' for name in names),
+            "</div>",
+        ]
+    )
 
 
 def overview(facts: dict[str, dict]) -> list[list[str]]:
@@ -172,7 +241,16 @@ def overview(facts: dict[str, dict]) -> list[list[str]]:
 
 
 def shown(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """Three digits are enough to choose a threshold, and no number is shown as a power of ten; report.json has all."""
+    if isinstance(value, float):
+        return (
+            f"{value:,.0f}"
+            if abs(value) >= 100
+            else f"{value:.3g}"
+            if abs(value) >= 1e-4 or not value
+            else f"{value:.1e}"
+        )
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def main() -> None:
