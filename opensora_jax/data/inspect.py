@@ -85,20 +85,24 @@ def summary(source) -> str:
         fps = source.fps[source.shapes[:, 0] > 0]
         moving = (known[:, 0] > 1) & (fps > 0)
         seconds = float((known[moving, 0] / fps[moving]).sum())
-        frames = ", ".join(
-            f"{q}% {int(value)}"
-            for q, value in zip((0, 25, 50, 75, 100), np.percentile(known[:, 0], (0, 25, 50, 75, 100)))
-        )
+        low, quarter, half, most, high = np.percentile(known[:, 0], (0, 25, 50, 75, 100)).astype(int)
         lines.append(
-            f"{int((known[:, 0] == 1).sum())} images, {int((known[:, 0] > 1).sum())} videos, {seconds / 3600:.2f} hours"
+            f"{int((known[:, 0] == 1).sum())} images, {int((known[:, 0] > 1).sum())} videos, {length(seconds)}"
         )
-        lines.append(f"frames by share of clips: {frames}")
+        lines.append(f"frames: {low} to {high}, half of the clips {quarter} to {most}, median {half}")
         lines.append(
             "rates: " + ", ".join(f"{rate:g} fps x {count}" for rate, count in Counter(fps.tolist()).most_common(6))
         )
         sizes = Counter(map(tuple, known[:, 1:].tolist())).most_common(8)
         lines.append("sizes: " + ", ".join(f"{height}x{width} x {count}" for (height, width), count in sizes))
     return "\n".join(lines)
+
+
+def length(seconds: float) -> str:
+    return next(
+        (f"{seconds / unit:.3g} {name}" for unit, name in ((3600, "hours"), (60, "minutes")) if seconds >= unit),
+        f"{seconds:.3g} seconds",
+    )
 
 
 def histogram(path: Path, source, plan) -> str:
@@ -109,21 +113,28 @@ def histogram(path: Path, source, plan) -> str:
         return f"no {path.name}, which needs matplotlib: pip install 'opensora-jax[viz]'"
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
-    known = source.shapes[source.shapes[:, 0] > 0].astype(float)
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7))
+    known, rows = source.shapes[source.shapes[:, 0] > 0].astype(float), plan.report()
+    tall = 1 + 0.22 * len(rows)  # inches that let each bucket's name be read
+    figure = pyplot.figure(figsize=(11, 3.2 + tall), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(3.2, tall))
     values = (known[:, 0], np.sqrt(known[:, 1] * known[:, 2]), known[:, 1] / np.maximum(known[:, 2], 1))
-    for axis, data, name in zip(axes.flat, values, ("frames", "square root of pixels", "height / width")):
-        axis.hist(data, bins=40, color="#4878a8")
+    names = ("frames of a clip", "pixels of a side: √(height × width)", "height / width")
+    for axis, data, name in zip(top.subplots(1, 3), values, names):
+        low, high = data.min(initial=np.inf), data.max(initial=-np.inf)
+        axis.hist(data, bins=40, range=(low * 0.9, high * 1.1) if high - low < 0.1 * high else None, color="#4878a8")
         axis.set(xlabel=name, ylabel="clips")
-    rows = plan.report()
-    names = [f"{row['resolution']} {row['frames']}f" for row in rows]
-    axes[1, 1].barh(
-        names, [row["clips"] for row in rows], color=["#b04a4a" if row["note"] else "#4878a8" for row in rows]
-    )
-    axes[1, 1].set(xlabel="clips a bucket (red: starving)")
-    axes[1, 1].invert_yaxis()
-    figure.tight_layout()
+        axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axis = bottom.subplots()
+    names = [f"{row['resolution']}, {row['frames']} frames" for row in rows]
+    colors = ["#b04a4a" if row["note"] else "#4878a8" for row in rows]
+    axis.barh(names, [row["clips"] for row in rows], height=0.7, color=colors)
+    axis.set(xlabel="clips in a bucket" + (" (red: too few or none)" if "#b04a4a" in colors else ""))
+    for label, color in zip(axis.get_yticklabels(), colors):
+        label.set_color("black" if color == "#4878a8" else color)  # an empty bucket has no bar to be red
+    axis.set_ylim(len(rows) - 0.4, -0.6)  # the first on top
+    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return str(path)
@@ -146,7 +157,7 @@ def samples(path: Path, source) -> str:
             broken.append(f"clip {index}: {error}")
             continue
         clips.append(frames)
-        captions.append(f"{record['id']}: {record['text']}")
+        captions.append(f"{record['id']}: {record['text'] or '(no caption)'}")
     for line in broken:
         print(f"not readable: {line}")
     if not clips:

@@ -153,9 +153,10 @@ class Plan:
     def format_report(self, epoch: int = 0) -> str:
         rows = self.report(epoch)
         head = ("resolution", "frames", "batch", "shapes", "clips", "batches", "unused", "note")
-        lines = [[str(row[key]) for key in head] for row in rows]
-        widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-        text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)).rstrip() for line in [head, *lines]]
+        lines = [head, *([str(row[key]) for key in head] for row in rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
+        right = lambda cells: [cell.rjust(width) for cell, width in zip(cells, widths)]
+        text = ["  ".join([*right(line), line[-1]]).rstrip() for line in lines]
         lost = ", ".join(f"{count} {reason}" for reason, count in sorted(self.rejected(epoch).items()))
         total = f"{len(self.shapes)} clips, {sum(row['batches'] for row in rows)} steps an epoch"
         return "\n".join([*text, total + (f"; without a bucket: {lost}" if lost else "")])
