@@ -30,9 +30,9 @@ class Aesthetic(Stage):
 
     @dataclasses.dataclass(frozen=True)
     class Config:
-        clip_path: str = ""
-        aes_path: str = ""
-        places: tuple[float, ...] = (0.1, 0.5, 0.9)
+        clip_path: str = ""  # folder of CLIP ViT-L/14
+        aes_path: str = ""  # the predictor's weights, .safetensors or .pth
+        places: tuple[float, ...] = (0.1, 0.5, 0.9)  # of the frames, as shares of the length
         num_gpus: float = 0.0  # of a worker, under Ray
 
     @classmethod

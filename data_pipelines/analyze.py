@@ -259,10 +259,12 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    flags.add_argument("--input", required=True)
-    flags.add_argument("--output", required=True)
-    flags.add_argument("--columns", default="", help="names with commas; without it the usual ones that are there")
-    flags.add_argument("--debug", action="store_true")
+    flags.add_argument("--input", metavar="PATH", required=True, help="a .parquet, a .csv, or a folder of such")
+    flags.add_argument("--output", metavar="DIR", required=True, help="folder for the report")
+    flags.add_argument(
+        "--columns", metavar="A,B,…", default="", help="names with commas; without it the usual ones that are there"
+    )
+    flags.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = flags.parse_args()
     source = tables.Pieces(args.input)
     columns = choose(source.schema, [c for c in args.columns.split(",") if c])

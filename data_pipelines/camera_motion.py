@@ -32,11 +32,11 @@ class CameraMotion(Stage):
 
     @dataclasses.dataclass(frozen=True)
     class Config:
-        pairs: int = 6
+        pairs: int = 6  # of frames that vote
         step_seconds: float = 0.1  # between the frames of a pair
         static_speed: float = 0.05  # slower than this share of the shorter side a second is static
-        least_inliers: float = 0.5
-        least_agreement: float = 0.5
+        least_inliers: float = 0.5  # share of the picture that must follow the camera
+        least_agreement: float = 0.5  # share of the pairs; with less the motion is undetermined
 
     def row(self, row):
         config, total, fps = self.config, row["num_frames"], row["fps"] or 24.0

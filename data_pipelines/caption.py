@@ -48,22 +48,22 @@ class Caption(Stage):
 
     @dataclasses.dataclass(frozen=True)
     class Config:
-        base_url: str
-        model: str
+        base_url: str  # of the server, for example http://localhost:8000/v1
+        model: str  # its name on the server
         folder: str = ""  # of the cache
         prompt: str = "video"  # a name from caption_prompts.py, or the words themselves
-        frames: int = 4
+        frames: int = 4  # sent of each clip
         side: int = 512  # longer side of the frames that are sent
-        key_env: str = "OPENAI_API_KEY"
-        max_tokens: int = 300
-        temperature: float = 0.0
-        concurrency: int = 8
+        key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key
+        max_tokens: int = 300  # of an answer
+        temperature: float = 0.0  # 0: the likeliest words
+        concurrency: int = 8  # requests at a time
         requests_per_minute: int = 0  # 0: no limit
-        timeout_seconds: float = 120.0
-        retries: int = 6
+        timeout_seconds: float = 120.0  # of a request
+        retries: int = 6  # of a request that failed
         pause_seconds: float = 1.0  # before the first retry; doubles each time
-        dollars_per_million_in: float = 0.0
-        dollars_per_million_out: float = 0.0
+        dollars_per_million_in: float = 0.0  # price of tokens sent
+        dollars_per_million_out: float = 0.0  # price of tokens received
         most_dollars: float = 0.0  # stop when the run has cost this much; 0: no limit
 
     @classmethod

@@ -27,13 +27,13 @@ class CaptionLocal(Stage):
 
     @dataclasses.dataclass(frozen=True)
     class Config:
-        model: str = ""
-        prompt: str = "video"
-        frames: int = 4
-        side: int = 336
-        max_tokens: int = 200
-        device: str = "auto"
-        dtype: str = "auto"
+        model: str = ""  # a folder or a repository
+        prompt: str = "video"  # a name from caption_prompts.py, or the words themselves
+        frames: int = 4  # shown of each clip
+        side: int = 336  # longer side of the frames
+        max_tokens: int = 200  # of a caption
+        device: str = "auto"  # cpu, cuda, cuda:1 …
+        dtype: str = "auto"  # bfloat16, float32 …
         num_gpus: float = 0.0  # of a worker, under Ray
 
     @classmethod

@@ -78,12 +78,8 @@ class CaptionText(Stage):
         drop_share: float = 0.0  # of score phrases left out, chosen by id; 1.3 used 0.2 with words
         camera: bool = True  # append the camera motion too
         append: str = ""  # words behind every caption
-        t5_clean: bool = (
-            False  # what sampling from 1.x does with a prompt (small letters, no marks), so that both agree
-        )
-        tokenizer: str = (
-            ""  # a folder or a repository's name, such as DeepFloyd/t5-v1_1-xxl; text_len counts its tokens
-        )
+        t5_clean: bool = False  # as sampling from 1.x cleans a prompt: small letters, no marks
+        tokenizer: str = ""  # a folder or a repository; text_len counts its tokens
         empty: str = "keep"  # or error: rows whose caption is empty after cleaning fail
 
     @classmethod

@@ -28,12 +28,12 @@ class Dedup(TableStage):
     @dataclasses.dataclass(frozen=True)
     class Config:
         most_bits: int = 24  # of 256; 0 leaves hashes out
-        embedding: str = ""
-        least_cosine: float = 0.98
+        embedding: str = ""  # a column of vectors to compare too, such as clip_embedding
+        least_cosine: float = 0.98  # of two vectors that are the same
         keep_by: tuple[str, ...] = ("resolution", "num_frames")  # larger is better; ties go to the first id
-        drop: bool = True
-        exact_rows: int = 20_000
-        index_rows: int = 1_000_000
+        drop: bool = True  # false: only name the doubles, in duplicate_of
+        exact_rows: int = 20_000  # up to so many, every hash is compared with every other
+        index_rows: int = 1_000_000  # over so many, vectors are compared through an index, nearly all right
 
     @classmethod
     def check(cls, config):

@@ -15,26 +15,29 @@ from data_pipelines.pipeline import Options, Step
 from data_pipelines.stage import Stage, configure, find
 from opensora_jax.common.errors import UserError, guarded
 
+METAVARS = {int: "N", float: "X", str: "TEXT", bool: "true|false", int | None: "N"}
+METAVARS |= {tuple[str, ...]: "A,B,…", tuple[float, ...]: "X,Y,…"}
+
 
 def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog=f"python -m data_pipelines.{name}",
+        usage="%(prog)s --input=… --output=… [--OPTION=VALUE …]",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    made.add_argument("--input", required=True, help="a folder of videos, or a .parquet or .csv with a column path")
-    made.add_argument("--output", required=True, help="folder for results; a run continues what it finds there")
-    made.add_argument("--runner", choices=("local", "ray"), default="local")
-    made.add_argument(
-        "--ray_address", help="a running cluster, for example auto; without it Ray starts on this machine"
-    )
-    made.add_argument("--workers", type=int, help="most workers of a stage (default: one a core)")
-    made.add_argument("--batch_size", type=int, help="rows a worker finishes before they count as done")
-    made.add_argument("--max_error_share", type=float, default=0.1, help="stop when more rows than this share fail")
-    made.add_argument("--retry_errors", action="store_true", help="try rows again that failed in an earlier run")
-    made.add_argument("--quiet", action="store_true")
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add = made.add_argument_group("of every step").add_argument
+    add("--input", metavar="PATH", required=True, help="a folder of videos, or a .parquet or .csv with a column path")
+    add("--output", metavar="DIR", required=True, help="folder for results; a run continues what it finds there")
+    add("--runner", choices=("local", "ray"), default="local", help="threads on this machine, or a Ray cluster")
+    add("--ray_address", metavar="NAME", help="a running cluster, say auto; without it Ray starts on this machine")
+    add("--workers", metavar="N", type=int, help="most workers of a stage (default: one a core)")
+    add("--batch_size", metavar="N", type=int, help="rows a worker finishes before they count as done")
+    add("--max_error_share", metavar="X", type=float, default=0.1, help="stop when more rows fail (default 0.1)")
+    add("--retry_errors", action="store_true", help="try rows again that failed in an earlier run")
+    add("--quiet", action="store_true", help="say nothing of the progress")
+    add("--debug", action="store_true", help="show the traceback of an error")
     return made
 
 
@@ -61,11 +64,15 @@ def stage(cls: type[Stage], argv: Sequence[str] | None = None) -> int:
 
     flags = parser(name, importlib.import_module(cls.__module__).__doc__)
     hints, said = typing.get_type_hints(cls.Config), remarks(cls.Config)
+    own = flags.add_argument_group(f"of {name}")
     for field in dataclasses.fields(cls.Config):
-        kind = getattr(hints[field.name], "__name__", hints[field.name])
-        default = "required" if field.default is dataclasses.MISSING else f"default {field.default!r}"
-        words = f"{said[field.name]} ({kind}, {default})" if field.name in said else f"{kind}, {default}"
-        flags.add_argument(f"--{field.name}", help=words.replace("%", "%%"))
+        default = field.default if isinstance(field.default, (str, tuple)) else str(field.default).lower()
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        words = [said[field.name]] if field.name in said else []
+        words += ["(required)" if field.default is dataclasses.MISSING else f"(default {shown})" if shown else ""]
+        own.add_argument(
+            f"--{field.name}", metavar=METAVARS[hints[field.name]], help=" ".join(words).strip().replace("%", "%%")
+        )
 
     def main() -> None:
         args = flags.parse_args(argv)

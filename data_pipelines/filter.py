@@ -2,8 +2,8 @@
 
     python -m data_pipelines.filter --input=WORK/table.parquet --output=DIR --keep="aes >= 5,num_frames >= 48"
 
-A condition is an expression over columns: comparisons, and or not, + - * / %, in (…), abs, len, lower, contains,
-startswith, endswith, is_null. A row whose value is missing fails a condition and is counted apart, because scores that
+A condition is an expression over columns: comparisons, and or not, + - * / %, in (…), abs, ceil, round, len, lower,
+contains, startswith, endswith, matches (a regular expression), replace, stem (of a path), is_null, if_null. A row whose value is missing fails a condition and is counted apart, because scores that
 were never computed are the usual reason why a filter empties a data set. A filter that removes everything is an error.
 """
 
@@ -22,8 +22,8 @@ from opensora_jax.common.errors import UserError
 class Filter(TableStage):
     @dataclasses.dataclass(frozen=True)
     class Config:
-        keep: tuple[str, ...]
-        allow_empty: bool = False
+        keep: tuple[str, ...]  # conditions with commas
+        allow_empty: bool = False  # an empty result is no error
 
     @classmethod
     def check(cls, config):

@@ -39,7 +39,7 @@ class Flow(Stage):
 
     @dataclasses.dataclass(frozen=True)
     class Config:
-        definition: str = "v13"
+        definition: str = "v13"  # which of the two becomes flow: v12 or v13
         compute_height: int = 240  # rows of the grid that DIS works on; smaller is faster
 
     @classmethod

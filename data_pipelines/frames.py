@@ -23,9 +23,9 @@ class Frames(Stage):
 
     @dataclasses.dataclass(frozen=True)
     class Config:
-        folder: str = ""
+        folder: str = ""  # for the stills; the runner fills it in
         places: tuple[float, ...] = (0.5,)  # shares of the clip's length
-        shorter: int = 0
+        shorter: int = 0  # scale the shorter side down to this; 0: as it is
         format: str = "jpg"  # or png
 
     @classmethod

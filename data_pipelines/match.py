@@ -23,7 +23,7 @@ class Match(Stage):
 
     @dataclasses.dataclass(frozen=True)
     class Config:
-        clip_path: str = ""
+        clip_path: str = ""  # folder of CLIP ViT-L/14
         num_gpus: float = 0.0  # of a worker, under Ray
 
     @classmethod

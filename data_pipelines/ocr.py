@@ -28,9 +28,9 @@ class Ocr(Stage):
 
     @dataclasses.dataclass(frozen=True)
     class Config:
-        frames: int = 3
-        side: int = 480
-        score: float = 0.3
+        frames: int = 3  # looked at in each clip
+        side: int = 480  # longer side of the frames, in pixels
+        score: float = 0.3  # of a box that counts
         largest: float = 0.35  # share of the picture
 
     @classmethod

@@ -33,9 +33,9 @@ class Pack(Stage):
 
     @dataclasses.dataclass(frozen=True)
     class Config:
-        folder: str = ""
-        records_per_shard: int = 1024
-        name: str = "clips"
+        folder: str = ""  # for the shards; the runner fills it in
+        records_per_shard: int = 1024  # clips in a file
+        name: str = "clips"  # with which shards begin
         seed: int = 0  # of the order of clips over shards
         extra: str = "all"  # all: every plain column goes under meta; none
 

@@ -32,9 +32,9 @@ class Quality(Stage):
 
     @dataclasses.dataclass(frozen=True)
     class Config:
-        frames: int = 8
+        frames: int = 8  # looked at in each clip
         black_luma: float = 20.0  # a clip whose sampled frames are all darker is black
-        frozen_change: float = 0.35
+        frozen_change: float = 0.35  # a clip that changes less is frozen
 
     def row(self, row):
         images = frames_at(row["path"], spread(row["num_frames"], self.config.frames), longer=256)

@@ -27,14 +27,14 @@ class Resize(Stage):
 
     @dataclasses.dataclass(frozen=True)
     class Config:
-        folder: str = ""
-        shorter: int = 0
-        height: int = 0
-        width: int = 0
-        target_fps: float = 0.0
-        codec: str = "libx264"
-        crf: int = 18
-        preset: str = "medium"
+        folder: str = ""  # for the files; the runner fills it in
+        shorter: int = 0  # side in pixels; the other follows
+        height: int = 0  # in pixels, with width: cut to this shape
+        width: int = 0  # in pixels
+        target_fps: float = 0.0  # 0: that of the source
+        codec: str = "libx264"  # of the new files
+        crf: int = 18  # quality: 0 loses nothing, 51 is worst
+        preset: str = "medium"  # of x264: ultrafast … veryslow
 
     @classmethod
     def check(cls, config):

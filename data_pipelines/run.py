@@ -71,7 +71,8 @@ def steps(config: ml_collections.ConfigDict) -> list[Step]:
 
 def main() -> None:
     flags = entry.parser("run", __doc__)
-    flags.add_argument("--config", required=True)
+    flags.usage = "%(prog)s --config=FILE --input=… --output=… [--config.STEP.OPTION=VALUE …]"
+    flags.add_argument("--config", metavar="FILE", required=True, help="the steps and their options")
     args, rest = flags.parse_known_args()
     plan = steps(load(args.config, rest))
     pipeline.run(plan, tables.read_input(args.input), entry.options(args))

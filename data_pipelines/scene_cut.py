@@ -45,24 +45,24 @@ class SceneCut(Stage):
     @dataclasses.dataclass(frozen=True)
     class Config:
         folder: str = ""  # where clips go; the runner fills it in
-        detectors: tuple[str, ...] = ("adaptive",)
+        detectors: tuple[str, ...] = ("adaptive",)  # adaptive, content, hash, histogram, threshold (fades)
         adaptive_threshold: float = 3.0  # 1.1 and 1.2; 1.3 used 2.0 with min_content 10
-        min_content: float = 15.0
-        content_threshold: float = 27.0
-        hash_threshold: float = 0.35
-        histogram_threshold: float = 0.2
-        fade_threshold: float = 12.0
-        min_scene_frames: int = 8
+        min_content: float = 15.0  # least change that adaptive takes for a cut
+        content_threshold: float = 27.0  # of the detector content
+        hash_threshold: float = 0.35  # of the detector hash
+        histogram_threshold: float = 0.2  # of the detector histogram
+        fade_threshold: float = 12.0  # mean brightness under which threshold sees black
+        min_scene_frames: int = 8  # between two cuts
         margin_frames: int = 0  # left out on both sides of every cut; 1.3 drops one before a cut
-        transition_seconds: float = 0.0
-        min_seconds: float = 0.0
+        transition_seconds: float = 0.0  # of a gradual change to look for and leave out; 0: none
+        min_seconds: float = 0.0  # shorter clips are left out
         max_seconds: float = 0.0  # 0: no limit
         too_long: str = "split"  # or truncate, as in 1.1
         shorter: int = 0  # scale the shorter side down to this; never up
         target_fps: float = 0.0  # 0: that of the source
-        codec: str = "libx264"
-        crf: int = 18
-        preset: str = "medium"
+        codec: str = "libx264"  # of the clips
+        crf: int = 18  # quality: 0 loses nothing, 51 is worst
+        preset: str = "medium"  # of x264: ultrafast … veryslow
 
     @classmethod
     def check(cls, config):

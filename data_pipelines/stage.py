@@ -12,7 +12,7 @@ import importlib.util
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -159,6 +159,24 @@ def configure(stage: type[Stage], options: Mapping[str, Any]) -> Any:
     return stage.Config(**values)
 
 
+def split_commas(text: str) -> Iterator[str]:
+    """Commas outside brackets and quotes separate items."""
+    depth, quote, start = 0, "", 0
+    for k, letter in enumerate(text):
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        elif letter in "([":
+            depth += 1
+        elif letter in ")]":
+            depth -= 1
+        elif letter == "," and depth == 0:
+            yield text[start:k]
+            start = k + 1
+    yield text[start:]
+
+
 def convert(value: Any, kind: Any, what: str) -> Any:
     """A value from a config file or a command line as the annotated type."""
     origin = typing.get_origin(kind)
@@ -168,7 +186,7 @@ def convert(value: Any, kind: Any, what: str) -> Any:
     try:
         if origin is tuple:
             if isinstance(value, str):
-                value = json.loads(value) if value.startswith("[") else [v for v in value.split(",") if v]
+                value = json.loads(value) if value.startswith("[") else [*filter(None, split_commas(value))]
             return tuple(convert(item, typing.get_args(kind)[0], what) for item in value)
         if kind is bool and isinstance(value, str):
             return {"true": True, "1": True, "false": False, "0": False}[value.lower()]

@@ -216,8 +216,8 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    flags.add_argument("--output", required=True)
-    flags.add_argument("--plain", type=int, default=0)
+    flags.add_argument("--output", metavar="DIR", required=True, help="folder for the videos")
+    flags.add_argument("--plain", metavar="N", type=int, default=0, help="ordinary clips beside the special ones")
     args = flags.parse_args()
     truth = corpus(args.output)
     plain(args.output, args.plain)

@@ -26,7 +26,7 @@ import argparse
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +37,7 @@ import pyarrow.parquet as pq
 from data_pipelines import files, tables
 from data_pipelines.expression import Expression
 from data_pipelines.filter import Tally
+from data_pipelines.stage import split_commas
 from opensora_jax.common.errors import UserError, guarded
 
 
@@ -111,24 +112,6 @@ def with_values(pieces: list[tables.Pieces], args) -> None:
         sink.add(piece)
     sink.close(source.schema)
     print(f"{sink.rows} rows in {args.output}")
-
-
-def split_commas(text: str) -> Iterator[str]:
-    """Commas outside brackets and quotes separate conditions."""
-    depth, quote, start = 0, "", 0
-    for k, letter in enumerate(text):
-        if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "'\"":
-            quote = letter
-        elif letter in "([":
-            depth += 1
-        elif letter in ")]":
-            depth -= 1
-        elif letter == "," and depth == 0:
-            yield text[start:k]
-            start = k + 1
-    yield text[start:]
 
 
 def parted(pieces: list[tables.Pieces], args) -> None:
@@ -313,24 +296,33 @@ MATCHED = ("join", "update", "subtract", "intersect", "dedup", "split")  # by --
 def main() -> None:
     flags = argparse.ArgumentParser(
         prog="python -m data_pipelines.table",
+        usage="%(prog)s VERB --input=A[,B …] --output=FILE [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    flags.add_argument("verb", choices=[*STREAMED, *ONE, *SEVERAL])
-    flags.add_argument("--input", required=True, type=lambda text: text.split(","), help="tables, with commas")
-    flags.add_argument("--output", type=lambda path: files.absolute(path), help="a .parquet or .csv")
-    flags.add_argument("--columns", default="", help="names with commas: the columns to write, in this order")
+    flags.add_argument("verb", metavar="VERB", help="one of those above", choices=[*STREAMED, *ONE, *SEVERAL])
+    flags.add_argument(
+        "--input", metavar="A,B", required=True, type=lambda text: text.split(","), help="tables, with commas"
+    )
+    flags.add_argument("--output", metavar="FILE", type=lambda path: files.absolute(path), help="a .parquet or .csv")
+    flags.add_argument(
+        "--columns", metavar="A,B", default="", help="names with commas: the columns to write, in this order"
+    )
     flags.add_argument("--original", action="store_true", help="write the columns that the originals know")
-    flags.add_argument("--keep", default="", help="of filter: conditions with commas")
-    flags.add_argument("--value", default="", help="of set: NAME = EXPRESSION, several with commas")
-    flags.add_argument("--on", default=None, help="column that tells rows apart (default id; path for dedup)")
-    flags.add_argument("--by", default="id", help="of sort: a column")
+    flags.add_argument("--keep", metavar="CONDITIONS", default="", help="of filter: conditions with commas")
+    flags.add_argument(
+        "--value", metavar="NAME=EXPRESSION", default="", help="of set: NAME = EXPRESSION, several with commas"
+    )
+    flags.add_argument(
+        "--on", metavar="COLUMN", default=None, help="column that tells rows apart (default id; path for dedup)"
+    )
+    flags.add_argument("--by", metavar="COLUMN", default="id", help="of sort: a column")
     flags.add_argument("--descending", action="store_true", help="of sort: the largest first")
-    flags.add_argument("--rows", type=int, default=1000, help="of head, sample and bucket")
-    flags.add_argument("--parts", default="", help="of shard: how many; of split: names and shares")
-    flags.add_argument("--seed", type=int, default=0, help="of shuffle, sample, bucket and split")
-    flags.add_argument("--root", default="", help="of root: the folder where the files are")
-    flags.add_argument("--old", default="", help="of root: the folder where they were")
+    flags.add_argument("--rows", metavar="N", type=int, default=1000, help="of head, sample and bucket")
+    flags.add_argument("--parts", metavar="PARTS", default="", help="of shard: how many; of split: names and shares")
+    flags.add_argument("--seed", metavar="N", type=int, default=0, help="of shuffle, sample, bucket and split")
+    flags.add_argument("--root", metavar="DIR", default="", help="of root: the folder where the files are")
+    flags.add_argument("--old", metavar="DIR", default="", help="of root: the folder where they were")
     flags.add_argument("--relative", action="store_true", help="of root: take --root away from the paths")
     flags.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = flags.parse_args()

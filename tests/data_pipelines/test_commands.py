@@ -1,8 +1,10 @@
 """Flags of the commands that take weights or a cluster, the configs, and what a user's mistake looks like."""
 
+import dataclasses
 import re
 import shlex
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -51,8 +53,15 @@ def test_help_explains_the_options(capsys):
     with pytest.raises(SystemExit):
         entry.stage(find("caption"), ["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "--side SIDE longer side of the frames that are sent (int, default 512)" in said
-    assert "--model MODEL str, required" in said and "--input INPUT a folder of videos" in said
+    assert "--side N longer side of the frames that are sent (default 512)" in said
+    assert "--model TEXT its name on the server (required)" in said and "--input PATH a folder of videos" in said
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_option_is_explained(name):
+    config = find(name).Config
+    assert {field.name for field in dataclasses.fields(config)} <= set(entry.remarks(config))
+    assert {typing.get_type_hints(config)[field.name] for field in dataclasses.fields(config)} <= set(entry.METAVARS)
 
 
 @pytest.mark.parametrize(

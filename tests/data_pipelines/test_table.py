@@ -12,7 +12,8 @@ import pytest
 
 from data_pipelines import analyze, table, tables
 from data_pipelines.expression import Expression
-from data_pipelines.table import split_commas, uniform
+from data_pipelines.stage import configure, find, split_commas
+from data_pipelines.table import uniform
 from opensora_jax.common.errors import guarded
 
 
@@ -259,3 +260,5 @@ def test_conditions_are_parted_outside_brackets_and_quotes():
         "contains(t, 'x,y')",
         " b > 1",
     ]
+    keep = configure(find("filter"), {"keep": "cmotion in ('static', 'pan left'),aes > 5"}).keep
+    assert keep == ("cmotion in ('static', 'pan left')", "aes > 5")
