@@ -221,7 +221,8 @@ class Client:
                 trouble, asked = error, None
             if attempt < config.retries:
                 time.sleep(asked if asked is not None else min(60.0, config.pause_seconds * 2**attempt))
-        raise Refused(f"no good answer in {config.retries + 1} tries; the last: {type(trouble).__name__}: {trouble}")
+        last = f"the last: {type(trouble).__name__}: {trouble}"
+        raise Refused(f"no good answer from {config.base_url} in {config.retries + 1} tries; {last}")
 
     def post(self, data: bytes) -> dict:
         config = self.config

@@ -10,7 +10,9 @@ import re
 import typing
 from collections.abc import Sequence
 
-from data_pipelines import pipeline, tables
+import pyarrow as pa
+
+from data_pipelines import files, pipeline, tables
 from data_pipelines.pipeline import Options, Step
 from data_pipelines.stage import Stage, configure, find
 from opensora_jax.common.errors import UserError, guarded
@@ -43,6 +45,15 @@ def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
 
 def options(args: argparse.Namespace) -> Options:
     return Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
+
+
+def rows(args: argparse.Namespace) -> pa.Table:
+    source, output = tables.result(files.absolute(args.input)), files.absolute(args.output)
+    if f"{output}/".startswith(f"{source.rstrip('/')}/"):
+        raise UserError(
+            f"--output {args.output} lies in --input {args.input}: the next run would take clips for videos"
+        )
+    return tables.read_input(args.input)
 
 
 def remarks(config: type) -> dict[str, str]:
@@ -78,7 +89,7 @@ def stage(cls: type[Stage], argv: Sequence[str] | None = None) -> int:
         args = flags.parse_args(argv)
         given = {f.name: getattr(args, f.name) for f in dataclasses.fields(cls.Config)}
         config = configure(cls, {k: v for k, v in given.items() if v is not None})
-        table = tables.read_input(args.input)
+        table = rows(args)
         steps = [Step(name, cls, config)]
         probe = find("probe")
         there = cls.prepare(table.slice(0, 0), config).column_names  # what the step adds for itself is not lacking

@@ -47,7 +47,7 @@ class Options:
 
 def run(steps: Sequence[Step], table: pa.Table, options: Options) -> pa.Table:
     """The finished table. Everything finished before is kept; a changed setting of a finished step is an error."""
-    output = files.absolute(options.output)
+    given, output = options.output.rstrip("/"), files.absolute(options.output)
     options = dataclasses.replace(options, output=output)
     for step in steps:
         step.stage.check(step.config)
@@ -65,11 +65,16 @@ def run(steps: Sequence[Step], table: pa.Table, options: Options) -> pa.Table:
         table, note = perform(placed(step, output), number, table, folder, options)
         report.append({"step": step.label, "rows_in": before, "rows_out": table.num_rows, **note})
         if not options.quiet:
-            print(f"{step.label}: {before} → {table.num_rows} rows, {time.monotonic() - began:.1f} s", file=sys.stderr)
+            took = length(time.monotonic() - began)
+            print(f"{step.label}: {before:,} → {table.num_rows:,} rows, {took}", file=sys.stderr)
     table = tables.ordered(table)
     tables.write_parquet(table, files.join(output, "table.parquet"))
     tables.write_csv(table, files.join(output, "table.csv"))
     files.write_bytes(files.join(output, "report.json"), json.dumps(report, indent=1).encode())
+    if not options.quiet:
+        rejected = sum(note.get("errors", 0) for note in report)
+        failed = f"; {rejected:,} failed, the reasons are in rejected/" if rejected else ""
+        print(f"{table.num_rows:,} rows in {given}/table.parquet{failed}", file=sys.stderr)
     return table
 
 
@@ -151,8 +156,12 @@ def watch(label: str, finished, total: int, options: Options) -> None:
         now = time.monotonic()
         if now - said > 5 and not options.quiet:
             left = (total - rows) * (now - began) / max(rows, 1)
-            print(f"{label}: {rows}/{total} rows, {wrong} errors, {left:.0f} s left", file=sys.stderr)
+            print(f"{label}: {rows:,}/{total:,} rows, {wrong:,} errors, {length(left)} left", file=sys.stderr)
             said = now
+
+
+def length(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def budget(label: str, wrong: int, rows: int, example: str, options: Options) -> None:

@@ -12,20 +12,23 @@ import ast
 import importlib.util
 import os
 import sys
+from pathlib import Path
 from typing import Any, cast
 
 import ml_collections
 
-from data_pipelines import entry, pipeline, tables
+from data_pipelines import entry, pipeline
 from data_pipelines.pipeline import Step
 from data_pipelines.stage import configure, find
 from opensora_jax.common.errors import UserError, guarded
 
 
 def load(path: str, overrides: list[str]) -> ml_collections.ConfigDict:
-    if not os.path.isfile(path):
+    shipped = Path(__file__).parents[1] / path  # data_pipelines/configs/… is found from any folder
+    found = path if os.path.isfile(path) or not shipped.is_file() else str(shipped)
+    if not os.path.isfile(found):
         raise UserError(f"--config {path} does not exist")
-    spec = importlib.util.spec_from_file_location("pipeline_config", path)
+    spec = importlib.util.spec_from_file_location("pipeline_config", found)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config()
@@ -75,7 +78,7 @@ def main() -> None:
     flags.add_argument("--config", metavar="FILE", required=True, help="the steps and their options")
     args, rest = flags.parse_known_args()
     plan = steps(load(args.config, rest))
-    pipeline.run(plan, tables.read_input(args.input), entry.options(args))
+    pipeline.run(plan, entry.rows(args), entry.options(args))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ ORIGINAL_COLUMNS += ("aes", "flow", "ocr", "match", "cmotion")
 
 
 def read_input(source: str) -> pa.Table:
-    """The rows of `source`: a folder of videos, a folder of Parquet files, a .parquet or a .csv."""
-    source = files.absolute(source)
+    """The rows of `source`: a folder of videos, of Parquet files, of a run's results, a .parquet or a .csv."""
+    source = result(files.absolute(source))
     if not files.exists(source):
         raise UserError(f"--input {source} does not exist")
     if not files.is_folder(source):
@@ -37,6 +37,12 @@ def read_input(source: str) -> pa.Table:
             f"--input {source} holds no video and no Parquet file; looked for {', '.join(files.VIDEO_SUFFIXES)}"
         )
     return with_ids(pa.concat_tables([read(part) for part in parts], promote_options="default"), source)
+
+
+def result(source: str) -> str:
+    """The table of a run's --output, where also the tables of its steps lie; any other place is itself."""
+    made = files.join(source, "table.parquet")
+    return made if files.exists(files.join(source, "meta")) and files.exists(made) else source
 
 
 def from_files(found: list[str], root: str) -> pa.Table:
@@ -138,7 +144,7 @@ class Pieces:
     """A table of any length in pieces of bounded size: Parquet (a file or a folder of parts) or CSV, local or remote."""
 
     def __init__(self, source: str, rows: int = 1 << 18):
-        source = files.absolute(source)
+        source = result(files.absolute(source))
         if not files.exists(source):
             raise UserError(f"--input {source} does not exist")
         fs, inner = files.system(source)

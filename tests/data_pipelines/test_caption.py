@@ -142,7 +142,7 @@ def test_every_kind_of_trouble_is_survived_and_answers_are_kept(server, clips, t
 
 def test_what_never_works_is_an_error_of_the_row_or_of_the_user(server, clips, tmp_path):
     server.forever = "500"
-    with pytest.raises(UserError, match=r"10 of 10 rows failed.*no good answer in 2 tries; the last.*500"):
+    with pytest.raises(UserError, match=r"10 of 10 rows failed.*no good answer from http.* in 2 tries; the last.*500"):
         pipeline.run([captioner(server, retries=1)], clips, Options(str(tmp_path / "a"), quiet=True))
     assert len(server.requests) == 2 * len(TROUBLES)
     server.forever = "400"  # our request is wrong: another try would not better it

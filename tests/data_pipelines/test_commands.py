@@ -7,9 +7,10 @@ import sys
 import typing
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
-from data_pipelines import entry, run
+from data_pipelines import entry, run, tables
 from data_pipelines.stage import configure, find, names
 from opensora_jax.common.errors import UserError, guarded
 
@@ -84,8 +85,26 @@ def test_mistakes_are_one_sentence(words, message, corpus, tmp_path, monkeypatch
     assert message in error
 
 
+def test_shipped_configs_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run.load("data_pipelines/configs/curate.py", []).steps[0] == "probe"
+
+
+def test_results_inside_the_videos_are_refused(corpus, monkeypatch, capsys):
+    folder = corpus[0]
+    for output in (f"{folder}/WORK", str(folder)):
+        assert entry.stage(find("probe"), [f"--input={folder}", f"--output={output}"]) == 2
+        assert "the next run would take clips for videos" in capsys.readouterr().err
+
+
+def test_a_folder_of_results_is_its_table(tmp_path):
+    made = pa.table({"id": ["a"], "path": ["a.mp4"]})
+    for name in ("meta/00_probe/part-1.parquet", "rejected/00_probe.parquet", "table.parquet"):
+        tables.write_parquet(made, str(tmp_path / name))
+    assert tables.read_input(str(tmp_path)).num_rows == 1
+    assert sum(piece.num_rows for piece in tables.Pieces(str(tmp_path))()) == 1
+
+
 def test_an_empty_folder_is_named(tmp_path):
     with pytest.raises(UserError, match="holds no video and no Parquet file"):
-        from data_pipelines import tables
-
         tables.read_input(str(tmp_path))
