@@ -16,7 +16,7 @@
   shuffle, head, sample         --seed=0, --rows=1000
   shard                         --parts=8: FILE_000 … FILE_007, in order
   split                         --parts=train:0.98,val:0.02 by a hash of --on=id, so that growing data keep their side
-  bucket                        at most --rows of each (height, width, frames) group, as the originals' split
+  bucket                        at most --rows of each bucket of --config=configs/…, or of each shape: a small sample of all
   root                          --root=/new makes paths below --old absolute; --relative takes --root away
 
 info, filter, set and split read the table in pieces and write as they go: any number of rows in bounded memory.
@@ -26,7 +26,8 @@ import argparse
 import itertools
 import os
 import sys
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pyarrow as pa
@@ -211,17 +212,32 @@ def first_of_each(table: pa.Table, key: str) -> pa.Table:
 
 
 def bucketed(table: pa.Table, args) -> pa.Table:
-    """At most --rows of each shape, the first by a seeded order."""
-    order = np.random.default_rng(args.seed).permutation(table.num_rows)
-    shapes = table.select(["height", "width", "num_frames"]).to_pylist()
-    taken: dict[tuple, int] = {}
-    kept = []
-    for k in order:
-        shape = tuple(shapes[k].values())
-        taken[shape] = taken.get(shape, 0) + 1
-        if taken[shape] <= args.rows:
-            kept.append(int(k))
+    """At most --rows of each bucket of a training config, or else of each shape; which, a seeded order says."""
+    shapes = list(zip(*(table[name].fill_null(0).to_pylist() for name in ("num_frames", "height", "width"))))
+    bucket_of = training_buckets(args.config) if args.config else lambda shape, seed: shape
+    taken, kept, homeless = Counter(), [], 0
+    for k in np.random.default_rng(args.seed).permutation(table.num_rows).tolist():
+        bucket = bucket_of(shapes[k], k)
+        if bucket is None:
+            homeless += 1
+            continue
+        taken[bucket] += 1
+        if taken[bucket] <= args.rows:
+            kept.append(k)
+    print(f"{len(taken)} buckets, {homeless} rows without one")
     return table.take(pa.array(sorted(kept), pa.int64()))
+
+
+def training_buckets(path: str) -> Callable:
+    from opensora_jax import config
+    from opensora_jax.data.buckets import BucketTable
+    from opensora_jax.data.loader import DataConfig
+
+    data = config.build(DataConfig, config.load(path, []).get("data") or {}, "config.data")
+    if not data.buckets:
+        raise UserError(f"{path} has no data.buckets")
+    table = BucketTable(data.buckets, data.bucket_version, aspect_first=data.aspect_first, multiple=data.size_multiple)
+    return lambda shape, seed: table.assign(*shape, interval=data.frame_interval, seed=seed)
 
 
 def rooted(table: pa.Table, args) -> pa.Table:
@@ -319,6 +335,7 @@ def main() -> None:
     flags.add_argument("--by", metavar="COLUMN", default="id", help="of sort: a column")
     flags.add_argument("--descending", action="store_true", help="of sort: the largest first")
     flags.add_argument("--rows", metavar="N", type=int, default=1000, help="of head, sample and bucket")
+    flags.add_argument("--config", metavar="FILE", default="", help="of bucket: a training config with data.buckets")
     flags.add_argument("--parts", metavar="PARTS", default="", help="of shard: how many; of split: names and shares")
     flags.add_argument("--seed", metavar="N", type=int, default=0, help="of shuffle, sample, bucket and split")
     flags.add_argument("--root", metavar="DIR", default="", help="of root: the folder where the files are")
@@ -332,11 +349,12 @@ def main() -> None:
         raise UserError(f"{args.verb} takes one input; make one of {', '.join(args.input)} with merge first")
     pieces = [tables.Pieces(name) for name in args.input]
     args.on = args.on or ("path" if args.verb == "dedup" else "id")
-    wanted = {"sort": args.by, "root": "path", "captions": "path"}.get(args.verb)
-    wanted = args.on if args.verb in MATCHED else wanted
+    wanted = {"sort": [args.by], "root": ["path"], "captions": ["path"], "bucket": ["num_frames", "height", "width"]}
+    wanted = [args.on] if args.verb in MATCHED else wanted.get(args.verb, [])
     for source, name in zip(pieces, args.input):
-        if wanted and wanted not in source.schema.names:
-            raise UserError(f"{name} has no column {wanted}; it has {', '.join(source.schema.names)}")
+        for column in wanted:
+            if column not in source.schema.names:
+                raise UserError(f"{name} has no column {column}; it has {', '.join(source.schema.names)}")
     if args.verb in STREAMED:
         STREAMED[args.verb](pieces, args)
         return

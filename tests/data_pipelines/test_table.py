@@ -4,6 +4,7 @@ import functools
 import json
 import operator
 import sys
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from data_pipelines.expression import Expression
 from data_pipelines.stage import configure, find, split_commas
 from data_pipelines.table import uniform
 from opensora_jax.common.errors import guarded
+from opensora_jax.data.buckets import BucketTable
 
 
 @pytest.fixture
@@ -130,6 +132,23 @@ def test_verbs_on_several_tables(rows, tmp_path, monkeypatch):
     assert run(monkeypatch, tmp_path, "bucket", "--input=a.parquet", "--output=o.parquet", "--rows=1") == 0
     shapes = read().select(["height", "width", "num_frames"]).to_pylist()
     assert len({tuple(s.values()) for s in shapes}) == len(shapes) > 150
+
+
+def test_a_few_rows_of_every_training_bucket(rows, tmp_path, monkeypatch, capsys):
+    buckets = {"240p": {1: (1.0, 8), 51: (1.0, 2)}, "144p": {17: (1.0, 4)}}
+    (tmp_path / "train.py").write_text(f"def get_config():\n    return {{'data': {{'buckets': {buckets}}}}}\n")
+    bucket = ["bucket", "--input=rows.parquet", "--output=o.parquet", "--rows=5"]
+    assert run(monkeypatch, tmp_path, *bucket, "--config=train.py") == 0
+    find = lambda table: Counter(
+        str(BucketTable(buckets, "1.2").assign(row["num_frames"], row["height"], row["width"]))
+        for row in table.to_pylist()
+    )
+    everything = find(rows)
+    assert f"3 buckets, {everything.pop('None')} rows without one" in capsys.readouterr().out
+    assert find(pq.read_table(tmp_path / "o.parquet")) == {key: min(5, count) for key, count in everything.items()}
+    (tmp_path / "train.py").write_text("def get_config():\n    return {'data': {}}\n")
+    assert run(monkeypatch, tmp_path, *bucket, "--config=train.py") == 2
+    assert "train.py has no data.buckets" in capsys.readouterr().err
 
 
 def test_values_from_values(rows, tmp_path, monkeypatch):
