@@ -172,7 +172,7 @@ def draw(summary: Summary, path: str) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: shown(float(value)))
     else:
         axes.text(0.5, 0.5, "no values", ha="center", va="center")
-        axes.set(xticks=[], yticks=[])
+        axes.set_axis_off()
     counts.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
     counts.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlabel(label)

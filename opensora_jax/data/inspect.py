@@ -99,10 +99,10 @@ def summary(source) -> str:
 
 
 def length(seconds: float) -> str:
-    return next(
-        (f"{seconds / unit:.3g} {name}" for unit, name in ((3600, "hours"), (60, "minutes")) if seconds >= unit),
-        f"{seconds:.3g} seconds",
-    )
+    for unit, name in ((3600, "hours"), (60, "minutes")):
+        if seconds >= unit:
+            return f"{seconds / unit:,.1f} {name}"
+    return f"{seconds:.1f} seconds"
 
 
 def histogram(path: Path, source, plan) -> str:
