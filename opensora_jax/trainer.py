@@ -272,11 +272,15 @@ class Trainer:
     def _calibrated(self, pipeline: Pipeline, loader, batches: int) -> Pipeline:
         """Latents of mean 0 and deviation 1 a channel: what the denoiser's noise levels take for granted."""
         params = pipeline.params["vae"]
-        encode = jax.jit(lambda params, video: self.system.encode_video(params, video))
-        latents = [encode(params, self.place(next(loader)[0])["video"]) for _ in range(batches)]
-        over = tuple(range(latents[0].ndim - 1))
-        mean = sum(z.mean(over) for z in latents) / batches
-        variance = sum(jnp.square(z - mean).mean(over) for z in latents) / batches
+
+        @jax.jit
+        def moments(params, video):
+            z = self.system.encode_video(params, video).reshape(-1, params["shift"].size)
+            return z.mean(0), jnp.square(z).mean(0)
+
+        found = [jax.device_get(moments(params, self.place(next(loader)[0])["video"])) for _ in range(batches)]
+        mean, square = (np.mean(part, axis=0, dtype=np.float64) for part in zip(*found))
+        variance = square - mean**2
         shift = params["shift"] + params["scale"] * mean
         scale = params["scale"] * jnp.sqrt(variance)
         config = replace(self.system.vae.config, shift=tuple(shift.tolist()), scale=tuple(scale.tolist()))

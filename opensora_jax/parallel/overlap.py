@@ -4,7 +4,9 @@ Imports no jax: the compilers read these variables when they are loaded.
 """
 
 import importlib
+import os
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 
 TPU = "libtpu"
@@ -51,6 +53,18 @@ def added(env: Mapping[str, str], installed: Callable[[str], bool] = installed) 
         for package, (variable, _) in FLAGS.items()
         if (text := with_flags(env, package)) != env.get(variable, "") and installed(package)
     }
+
+
+def threads(env: Mapping[str, str]) -> dict[str, str]:
+    """Two threads a device of a CPU that counts as several, as XLA reads their number.
+
+    By default it is one a core, or one a device where these are more. Collectives and launches hold a thread while they
+    wait, and a run whose threads all wait ends with "Termination timeout for `all reduce`" (jax 0.11).
+    """
+    devices = max(
+        map(int, re.findall(r"--xla_force_host_platform_device_count=(\d+)", env.get("XLA_FLAGS", ""))), default=1
+    )
+    return {"NPROC": str(max(2 * devices, os.cpu_count() or 1))} if devices > 1 and "NPROC" not in env else {}
 
 
 def with_flags(env: Mapping[str, str], package: str) -> str:

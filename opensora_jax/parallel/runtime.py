@@ -77,7 +77,7 @@ def first_host(nodes: str) -> str:
 
 def start() -> None:
     """Joins the other processes where the environment says that there are some; alone it only sets flags."""
-    os.environ.update(overlap.added(os.environ))
+    os.environ.update(overlap.added(os.environ) | overlap.threads(os.environ))
     if jax.distributed.is_initialized():
         return
     found = peers(os.environ)

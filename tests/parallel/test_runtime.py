@@ -1,5 +1,6 @@
 """Who starts together, by the environment of each launcher; the roll call names who is missing."""
 
+import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
@@ -100,3 +101,11 @@ def test_flags_for_overlap_leave_the_users_alone():
     assert "--xla_tpu_overlap_compute_collective_tc=true" in overlap.added({}, lambda _: True)["LIBTPU_INIT_ARGS"]
     assert overlap.added(found, lambda package: "cuda" in package) == {}
     assert overlap.added({"JAX_PLATFORMS": "cpu"}, lambda _: True) == {}
+
+
+def test_several_devices_of_a_cpu_get_two_threads_each():
+    flag = "--xla_force_host_platform_device_count"
+    cores = os.cpu_count()
+    assert overlap.threads({}) == overlap.threads({"XLA_FLAGS": f"{flag}=1"}) == {}
+    assert overlap.threads({"XLA_FLAGS": f"--a=b {flag}=2 {flag}=4"}) == {"NPROC": str(max(8, cores))}
+    assert overlap.threads({"XLA_FLAGS": f"{flag}=4", "NPROC": "3"}) == {}
