@@ -59,7 +59,7 @@ def threads(env: Mapping[str, str]) -> dict[str, str]:
     """Two threads a device of a CPU that counts as several, as XLA reads their number.
 
     By default it is one a core, or one a device where these are more. Collectives and launches hold a thread while they
-    wait, and a run whose threads all wait ends with "Termination timeout for `all reduce`" (jax 0.11).
+    wait, and a run whose threads all wait ends with "Termination timeout for `all reduce`" (jaxlib 0.10.2).
     """
     devices = max(
         map(int, re.findall(r"--xla_force_host_platform_device_count=(\d+)", env.get("XLA_FLAGS", ""))), default=1
