@@ -2,7 +2,8 @@
 
 Memory: the state's own shards, the activations that the traced backward pass keeps, and the widest moment of one layer,
 cut by the mesh. FLOPs are counted in the trace. Compute is FLOPs over a share of the chip's peak; exchanges are those that
-the layout needs: weights gathered for the forward and the backward pass, gradients scattered, activations switched.
+the layout needs: weights gathered for the forward and the backward pass, gradients scattered, activations switched, and
+summed where `tensor` cuts a product.
 docs/performance.md, section "Plans", holds these against the compiler's figures.
 """
 
@@ -59,10 +60,12 @@ class Traced:
         layout, shape = program.layout, self.shape
         parts = math.prod(layout.sizes[a] for a in layout.axes_of("batch")) * activation_shards(layout)
         micro = cfg.optimizer.accumulate_steps
-        kept = larger * (shape.kept + FUSED * shape.widest) / parts / micro
+        widest = shape.stream + (shape.widest - shape.stream) / tensor_ways(layout)  # `tensor` leaves the stream whole
+        kept = larger * (shape.kept + FUSED * widest) / parts / micro
         share = EFFICIENCY.get(topology.chip.name, EFFICIENCY["gpu"])
         flops = larger * self.work.flops
-        found = exchanges(program, replace(shape, stream=larger * shape.stream), micro)
+        remat = str(cfg.model.get("remat", "none"))
+        found = exchanges(program, replace(shape, stream=larger * shape.stream), micro, remat)
         links = Links.of(topology, layout.sizes, layout.mesh.devices if topology.chip.is_tpu else None)
         return replace(
             target.described(cfg, topology, program),
@@ -123,7 +126,28 @@ def shape_of(program: Program) -> Shape:
     return Shape(kept, widest, stream, layers)
 
 
-def exchanges(program: Program, shape: Shape, micro: int) -> tuple[Collective, ...]:
+def tensor_ways(layout: Layout) -> int:
+    return math.prod(layout.sizes[axis] for axis in layout.axes_of("mlp"))
+
+
+def summed_products(program: Program) -> int:
+    """Products of all layers whose inputs `tensor` cuts, so that its devices add up what each of them found; none where
+    it does not divide the heads, of which no device can hold a part."""
+    network, layout = program.trainer.trained_network(), program.layout
+    axes, heads = set(layout.axes_of("mlp")), getattr(program.trainer.system.denoiser.config, "num_heads", 0)
+    if heads % tensor_ways(layout):
+        return 0
+
+    def of(leaf, names) -> int:
+        if names[:1] != ("layers",) or names[-1] != "embed" or not axes:
+            return 0
+        cut = layout.spec(names, leaf.shape)
+        return leaf.shape[0] * any(axes & set(entry if isinstance(entry, tuple) else (entry,)) for entry in cut)
+
+    return sum(jax.tree.leaves(jax.tree.map(of, network.abstract, network.axes)))
+
+
+def exchanges(program: Program, shape: Shape, micro: int, remat: str) -> tuple[Collective, ...]:
     """Weights are gathered and gradients scattered once a micro-batch; sampling runs two branches of guidance."""
     layout, found = program.layout, []
     train = program.forwards == 3
@@ -143,12 +167,25 @@ def exchanges(program: Program, shape: Shape, micro: int) -> tuple[Collective, .
         found.append(Collective("all-reduce", tuple(copies), many, "f32", 4.0 * params / width, asynchronous=True))
     axes = layout.axes_of("frames") or layout.axes_of("tokens")
     parts = activation_shards(layout)
+    local = shape.stream / program.trainer.data_shards / parts
     if parts > 1:
         full = program.trainer.system.denoiser.family in FULL_ATTENTION
-        switches = (4 if full else 2) * (2.5 if train else 2)  # forward, remat, half of it again backward
-        local = shape.stream / program.trainer.data_shards / parts
-        count = int(switches * shape.layers)
-        found.append(Collective("all-to-all", axes, parts, "bf16", local, count))
+        repeated = train and (remat == "full" or (full and remat != "none"))  # half of those of a pass
+        found.append(
+            Collective(
+                "all-to-all",
+                axes,
+                parts,
+                "bf16",
+                local,
+                int((4 if full else 2) * (2.5 if repeated else 2) * shape.layers),
+            )
+        )
+    sums = summed_products(program)
+    if sums:  # of results forward, of their inputs' gradients backward
+        passes = (2 if remat == "none" else 3) if train else 2
+        ways = tensor_ways(layout)
+        found.append(Collective("all-reduce", layout.axes_of("mlp"), ways, "bf16", local, sums * passes))
     return tuple(found)
 
 

@@ -1,6 +1,6 @@
 """`--search`: which mesh, remat policy and micro-batch fit, and which of them are fast.
 
-Every candidate is judged by formula (one trace a remat policy serves all meshes); on a TPU topology the best few are then
+Every candidate is judged by formula (a trace or two a remat policy serve all meshes); on a TPU topology the best few are then
 compiled, and the compiler's word replaces the formula's.
 """
 
@@ -12,26 +12,30 @@ from opensora_jax.parallel import shard
 from opensora_jax.parallel.mesh import MeshConfig
 from opensora_jax.plan import formula, target
 from opensora_jax.plan.chips import Topology
-from opensora_jax.plan.compile import largest, mesh_of
+from opensora_jax.plan.compile import Program, largest, mesh_of
 from opensora_jax.plan.estimate import Plan
 from opensora_jax.training.run import RunConfig
 
-REMAT = ("none", "names", "full")
+REMAT = ("none", "names", "switches", "full")
 MICRO_BATCHES = (1, 2, 4)
 WIDEST_CONTEXT = 64
+WIDEST_TENSOR = 8  # two sums of the stream a layer and pass: no further than one machine of GPUs
+RULES = {(False, False): "fsdp", (True, False): "fsdp_context", (False, True): "fsdp_tp", (True, True): "full"}
 
 
-def meshes(devices: int, limit: int) -> Iterator[MeshConfig]:
-    """Powers of two of context and fsdp, data takes the rest. limit: of the context axis."""
-    context = 1
-    while context <= min(limit, devices):
-        fsdp = 1
-        while context * fsdp <= devices:
-            if devices % (context * fsdp) == 0:
-                rules = "fsdp_context" if context > 1 else "fsdp"
-                yield MeshConfig(devices // (context * fsdp), fsdp, context, rules=rules)
-            fsdp *= 2
-        context *= 2
+def meshes(devices: int) -> Iterator[MeshConfig]:
+    """Powers of two of tensor, context and fsdp, data takes the rest."""
+    for tensor in powers(min(WIDEST_TENSOR, devices)):
+        for context in powers(min(WIDEST_CONTEXT, devices // tensor)):
+            for fsdp in powers(devices // (tensor * context)):
+                taken = tensor * context * fsdp
+                if devices % taken == 0:
+                    rules = RULES[context > 1, tensor > 1]
+                    yield MeshConfig(devices // taken, fsdp, context, tensor, rules=rules)
+
+
+def powers(limit: int) -> list[int]:
+    return [2**i for i in range(limit.bit_length())]
 
 
 def candidates(cfg: RunConfig, devices: int, task: str) -> Iterator[RunConfig]:
@@ -39,7 +43,9 @@ def candidates(cfg: RunConfig, devices: int, task: str) -> Iterator[RunConfig]:
     micro = (1,) if task == "sample" else MICRO_BATCHES
     clips = largest(cfg).clips
     for policy in remat:
-        for mesh in meshes(devices, WIDEST_CONTEXT):
+        for mesh in meshes(devices):
+            if policy == "switches" and mesh.context == 1 and task != "sample":
+                continue  # "full" by another name
             for parts in micro:
                 if clips % parts == 0:  # a micro-batch holds whole clips of every group
                     changed = replace(cfg, model={**cfg.model, "remat": policy})
@@ -49,17 +55,21 @@ def candidates(cfg: RunConfig, devices: int, task: str) -> Iterator[RunConfig]:
 
 def search(cfg: RunConfig, topology: Topology, task: str, devices: list, compile_best: int) -> list[Plan]:
     """Those that fit first, fastest a clip first; compiled ones (on a TPU topology) before the formula's."""
-    known: dict[str, formula.Traced] = {}
+    known: dict[tuple[str, bool], formula.Traced] = {}  # what is switched can be kept only where there are switches
+    laid: dict[MeshConfig, Program] = {}
     ranked: list[tuple[Plan, RunConfig]] = []
     for candidate in candidates(cfg, topology.devices, task):
-        policy = str(candidate.model.get("remat", "none"))
-        if policy not in known:
+        mesh = candidate.mesh
+        kind = str(candidate.model.get("remat", "none")), mesh.context > 1
+        if kind not in known:
             one = replace(candidate, optimizer=replace(candidate.optimizer, accumulate_steps=1))
-            known[policy] = formula.Traced.of(target.traced(one, topology, task, devices=devices))
-        traced = known[policy]
-        layout = shard.layout(mesh_of(candidate.mesh, devices), candidate.mesh.rules, cfg.mesh.attention)
-        plan = traced.plan(candidate, topology, formula.relaid(candidate, traced.program, layout))
-        ranked.append((plan, candidate))
+            known[kind] = formula.Traced.of(target.traced(one, topology, task, devices=devices))
+        traced = known[kind]
+        if mesh not in laid:
+            layout = shard.layout(mesh_of(mesh, devices), mesh.rules, mesh.attention)
+            laid[mesh] = formula.relaid(candidate, traced.program, layout)
+        if mesh.tensor == 1 or formula.summed_products(laid[mesh]):
+            ranked.append((traced.plan(candidate, topology, laid[mesh]), candidate))
     ranked.sort(key=lambda pair: order(pair[0]))
     if not ranked or not ranked[0][0].fits:
         least = min((plan for plan, _ in ranked), key=lambda plan: plan.memory.peak, default=None)

@@ -79,17 +79,36 @@ def test_a_step_of_sampling_has_no_gradients(cfg, traced):
 
 def test_candidates_multiply_to_the_devices(cfg):
     found = list(search.candidates(cfg, 8, "train"))
-    assert {m.mesh.data * m.mesh.fsdp * m.mesh.context for m in found} == {8}
+    assert {m.mesh.data * m.mesh.fsdp * m.mesh.context * m.mesh.tensor for m in found} == {8}
+    assert {m.mesh.tensor for m in found} == {1, 2, 4, 8}
+    assert {m.mesh.rules for m in found} == {"fsdp", "fsdp_context", "fsdp_tp", "full"}
     assert {m.model["remat"] for m in found} == set(search.REMAT)
     assert {m.optimizer.accumulate_steps for m in found} == set(search.MICRO_BATCHES)
-    assert len({(str(m.mesh), m.model["remat"], m.optimizer.accumulate_steps) for m in found}) == len(found) == 90
+    assert all(m.mesh.context > 1 for m in found if m.model["remat"] == "switches")
+    assert len({(str(m.mesh), m.model["remat"], m.optimizer.accumulate_steps) for m in found}) == len(found) == 210
+
+
+def test_a_tensor_axis_sums_the_stream(cfg, traced):
+    """Two attentions, two cross-attentions and two MLPs a layer, forward, repeated and backward; weights are cut."""
+
+    def laid(mesh):
+        return formula.relaid(cfg, traced.program, shard.layout(mesh_of(mesh, jax.devices()[:8]), mesh.rules))
+
+    alone, cut = laid(MeshConfig(8, rules="fsdp")), laid(MeshConfig(4, tensor=2, rules="fsdp_tp"))
+    plan = traced.plan(cfg, GPUS, cut)
+    sums = next(c for c in plan.collectives if c.axes == ("tensor",))
+    assert formula.summed_products(cut) == 6 * cfg.model["depth"]
+    assert (sums.kind, sums.count) == ("all-reduce", 3 * 6 * cfg.model["depth"])
+    assert sums.bytes == pytest.approx(traced.shape.stream / traced.program.shape.batch * plan.batch / 4)
+    assert plan.memory.arguments < traced.plan(cfg, GPUS, alone).memory.arguments
+    assert formula.summed_products(laid(MeshConfig(1, tensor=8, rules="fsdp_tp"))) == 0  # there are four heads
 
 
 def test_a_search_ranks_what_fits(cfg, monkeypatch):
     monkeypatch.setattr(search, "REMAT", ("full",))
     monkeypatch.setattr(search, "MICRO_BATCHES", (1, 2))
     plans = search.search(cfg, GPUS, "train", jax.devices()[:8], compile_best=1)
-    assert all(plan.fits for plan in plans) and len(plans) == 20
+    assert all(plan.fits for plan in plans) and len(plans) == 38
     per_token = [plan.step_seconds / plan.tokens for plan in plans]
     assert per_token == sorted(per_token)
     small = replace(GPUS, chip=replace(GPUS.chip, memory=1e5))
