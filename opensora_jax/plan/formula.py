@@ -171,16 +171,8 @@ def exchanges(program: Program, shape: Shape, micro: int, remat: str) -> tuple[C
     if parts > 1:
         full = program.trainer.system.denoiser.family in FULL_ATTENTION
         repeated = train and (remat == "full" or (full and remat != "none"))  # half of those of a pass
-        found.append(
-            Collective(
-                "all-to-all",
-                axes,
-                parts,
-                "bf16",
-                local,
-                int((4 if full else 2) * (2.5 if repeated else 2) * shape.layers),
-            )
-        )
+        count = int((4 if full else 2) * (2.5 if repeated else 2) * shape.layers)
+        found.append(Collective("all-to-all", axes, parts, "bf16", local, count))
     sums = summed_products(program)
     if sums:  # of results forward, of their inputs' gradients backward
         passes = (2 if remat == "none" else 3) if train else 2
