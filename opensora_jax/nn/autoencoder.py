@@ -10,6 +10,7 @@ from flax import nnx
 from opensora_jax.kernels.attention import attention
 from opensora_jax.nn.linear import Linear
 from opensora_jax.nn.norms import GroupNorm
+from opensora_jax.parallel.shard import constrain
 
 
 class ResnetBlock(nnx.Module):
@@ -31,6 +32,17 @@ class ResnetBlock(nnx.Module):
         return (x if self.shortcut is None else self.shortcut(x)) + h
 
 
+def shared_attention(q, k, v, **masks):
+    """Under `context` each device attends for its share of the queries."""
+    return attention(constrain(q, "batch", "tokens"), k, v, **masks)
+
+
+def in_rows(x):
+    """Some rows (or else columns) of the picture on a device, as pixels and latents come in: said again around attention,
+    because a share of the tokens of several frames is none of the rows."""
+    return constrain(x, "batch", *[None] * (x.ndim - 4), "space", "space")
+
+
 class AttentionBlock(nnx.Module):
     """Single-head self-attention over all positions, in row-major order. The published 1-wide convolutions are
     the linear maps that they are."""
@@ -40,12 +52,13 @@ class AttentionBlock(nnx.Module):
         self.norm = GroupNorm(features, groups=groups, eps=eps, param_dtype=param_dtype)
         self.q, self.k, self.v, self.proj = (Linear(features, features, **kwargs) for _ in range(4))
 
-    def __call__(self, x, attend: Callable = attention):
+    def __call__(self, x, attend: Callable = shared_attention):
         """attend: attention over q, k, v [B, N, 1, C] with the masking of the family."""
         batch, *space, features = x.shape
+        x = in_rows(x)
         h = self.norm(x).reshape(batch, math.prod(space), features)
         q, k, v = (project(h)[:, :, None] for project in (self.q, self.k, self.v))
-        return x + self.proj(attend(q, k, v)[:, :, 0]).reshape(x.shape)
+        return in_rows(x + self.proj(attend(q, k, v)[:, :, 0]).reshape(x.shape))
 
 
 def frame_causal_attention(q, k, v, *, frames: int):
@@ -54,11 +67,11 @@ def frame_causal_attention(q, k, v, *, frames: int):
     batch, tokens, heads, dim = q.shape
     per_frame = tokens // frames
     if frames == 1:
-        return attention(q, k, v)
+        return shared_attention(q, k, v)
 
     def one(frame):
         index, q = frame
-        return attention(q, k, v, kv_lengths=jnp.full((batch,), (index + 1) * per_frame))
+        return shared_attention(q, k, v, kv_lengths=jnp.full((batch,), (index + 1) * per_frame))
 
     by_frame = jnp.moveaxis(q.reshape(batch, frames, per_frame, heads, dim), 1, 0)
     out = jax.lax.map(one, (jnp.arange(frames), by_frame))

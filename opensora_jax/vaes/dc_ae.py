@@ -349,13 +349,14 @@ class LinearAttention(nnx.Module):
     def __call__(self, x):
         qkv = self.qkv(x)
         scales = [qkv, *(pointwise(depthwise(qkv)) for depthwise, pointwise in self.aggreg)]
-        heads = jnp.concatenate(scales, -1).reshape(x.shape[0], math.prod(x.shape[1:-1]), -1, 3 * HEAD)
-        q, k, v = jnp.split(heads, 3, -1)  # [B, N, heads, 32]
+        heads = jnp.concatenate(scales, -1).reshape(*x.shape[:-1], -1, 3 * HEAD)
+        q, k, v = jnp.split(heads, 3, -1)  # [B, *space, heads, 32]: rows may be cut, positions in a line could not be
         q, k = jax.nn.relu(q), jax.nn.relu(k)
+        at = "xyz"[: x.ndim - 2]
         total = partial(jnp.einsum, preferred_element_type=jnp.float32)
-        context, mass = total("bnhk,bnhv->bhkv", k, v), k.astype(jnp.float32).sum(1)
-        seen = total("bnhk,bhkv->bnhv", q.astype(jnp.float32), context)
-        weight = total("bnhk,bhk->bnh", q.astype(jnp.float32), mass)
+        context, mass = total(f"b{at}nk,b{at}nv->bnkv", k, v), k.astype(jnp.float32).sum(range(1, x.ndim - 1))
+        seen = total(f"b{at}nk,bnkv->b{at}nv", q.astype(jnp.float32), context)
+        weight = total(f"b{at}nk,bnk->b{at}n", q.astype(jnp.float32), mass)
         out = (seen / (weight + 1e-15)[..., None]).astype(x.dtype)
         return self.proj(out.reshape(*x.shape[:-1], -1))
 

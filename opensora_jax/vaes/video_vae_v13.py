@@ -15,8 +15,7 @@ from flax import nnx
 
 from opensora_jax.common.errors import UserError
 from opensora_jax.common.shapes import LatentShape
-from opensora_jax.kernels.attention import attention
-from opensora_jax.nn.autoencoder import AttentionBlock, ResnetBlock
+from opensora_jax.nn.autoencoder import AttentionBlock, ResnetBlock, shared_attention
 from opensora_jax.nn.conv import CausalConv3d, upsample_nearest
 from opensora_jax.nn.layers import Layers
 from opensora_jax.nn.linear import Conv
@@ -283,7 +282,7 @@ class Middle(nnx.Module):
         self.block_2 = resnet_of(kwargs)(width, width)
 
     def __call__(self, x):
-        return self.block_2(self.attn_1(self.block_1(x), partial(attention, causal=True)))
+        return self.block_2(self.attn_1(self.block_1(x), partial(shared_attention, causal=True)))
 
 
 class Downsample(nnx.Module):
