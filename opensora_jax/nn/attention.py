@@ -90,4 +90,4 @@ class CrossAttention(nnx.Module):
         q = split(self.q_linear(x))
         k, v = (split(part) for part in jnp.split(self.kv_linear(y), 2, axis=-1))
         out = attention(q, k, v, kv_mask=None if text_mask is None else text_mask.astype(bool), segment_ids=segments)
-        return self.proj(out.reshape(x.shape))
+        return self.proj(checkpoint_name(out.reshape(x.shape), "attention_out"))

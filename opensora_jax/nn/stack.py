@@ -22,7 +22,9 @@ _policies = jax.checkpoint_policies
 REMAT = {
     "none": None,  # keep everything
     "full": _policies.nothing_saveable,  # keep layer inputs only
-    "dots": _policies.dots_with_no_batch_dims_saveable,  # keep matmul results
+    "dots": _policies.save_from_both_policies(  # keep results of products and attention; the rest is elementwise
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(*REMAT_NAMES)
+    ),
     "switches": _policies.save_only_these_names("switched"),  # "full", but no all-to-all of nn/context.py is repeated
     "names": _policies.save_only_these_names(*REMAT_NAMES),
     "offload": _policies.save_and_offload_only_these_names(

@@ -23,7 +23,7 @@ FAMILIES = ("stdit", "stdit2", "stdit3")
 BATCH, TEXT, WIDTH, DEPTH = 4, 8, 48, 2
 SIZES = {"uneven": (5, 6, 6), "even": (8, 8, 8)}  # latent frames, height, width; 9 and 16 positions of a frame
 MESHES = {ways: MeshConfig(data=1, fsdp=8 // ways, context=ways, rules="fsdp_context") for ways in (2, 4, 8)}
-CASES = {2: ("uneven", "none"), 4: ("even", "full"), 8: ("uneven", "switches")}  # context: size and remat
+CASES = {2: ("uneven", "dots"), 4: ("even", "full"), 8: ("uneven", "switches")}  # context: size and remat
 SCALARS = 64  # bytes: the loss
 
 
