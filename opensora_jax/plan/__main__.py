@@ -32,7 +32,6 @@ def arguments(argv=None):
         "--compile", type=int, default=2, metavar="N", help="with --search: the N best (2); 0: nothing, all by formula"
     )
     parser.add_argument("--hlo", metavar="FILE", default="", help="also write the optimized HLO here")
-    parser.add_argument("--schedules", action="store_true", help="time our kernels by their static schedules (slower)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse(argv)
 
@@ -60,7 +59,8 @@ def main(argv=None) -> int:
     if args.mesh:
         set_mesh(tree, args.mesh)
 
-    folder = libtpu.temporary("libtpu-schedules-") if args.schedules and topology.chip.is_tpu else ""
+    one_program = topology.chip.is_tpu and args.compile > 0 and not args.search
+    folder = libtpu.temporary("libtpu-schedules-") if one_program else ""  # those of several could not be told apart
     prepare(topology, libtpu.dump_to(folder) if folder else "")
     from opensora_jax.plan import report, target
     from opensora_jax.plan.formula import Traced

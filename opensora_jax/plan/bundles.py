@@ -87,12 +87,17 @@ def of_kernel(folder: Path, name: str) -> Schedule:
     """The schedule of an instruction, or of the first kernel of this name, from a folder of dumps."""
 
     def text(end: str) -> str:
-        matching = (path for path in folder.iterdir() if re.search(rf"-{name}(\.\d+)?-\d+-{end}$", path.name))
-        return next(matching).read_text()
+        matching = [path for path in folder.iterdir() if re.search(rf"-{name}(\.\d+)?-\d+-{end}$", path.name)]
+        if not matching:
+            raise FileNotFoundError(f"{folder}: no {end} of {name}")
+        return matching[0].read_text()
 
     return read_schedule(text("final_bundles.txt"), text("final_hlo-static-per-bundle-utilization.txt"))
 
 
-def seconds(calls: dict[str, int], folder: Path, clock: float) -> dict[str, float]:
-    """Of all calls of each kernel instruction in a step."""
-    return {name: times * of_kernel(folder, re.escape(name)).cycles() / clock for name, times in calls.items()}
+def seconds(calls: dict[str, int], folder: Path, clock: float) -> float | None:
+    """Of all calls of all kernels in a step; None where a schedule is missing."""
+    try:
+        return sum(times * of_kernel(folder, re.escape(name)).cycles() / clock for name, times in calls.items())
+    except FileNotFoundError:
+        return None

@@ -30,8 +30,9 @@ READABLE = " ".join(
 
 
 def dump_to(folder) -> str:
-    """Of LIBTPU_INIT_ARGS: write every kernel's schedule there (bundles.py reads it)."""
-    return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+    """Of LIBTPU_INIT_ARGS: write every kernel's schedule there (bundles.py reads it), but not the passes that led to it,
+    which take twenty times the space."""
+    return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=^final"
 
 
 def prepare(extra_arguments: str = "") -> None:

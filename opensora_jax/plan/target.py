@@ -48,7 +48,7 @@ def traced(cfg: RunConfig, topology: Topology, task: str, workload: Workload | N
 def compiled(
     cfg: RunConfig, topology: Topology, task: str = "train", hlo_file: str = "", schedules: str = ""
 ) -> estimate.Plan:
-    """By the TPU compiler, on this machine. schedules: where libtpu dumps those of our kernels, if it does."""
+    """By the TPU compiler, on this machine. schedules: where libtpu writes those of our kernels, if it does."""
     program = traced(cfg, topology, task)
     began = time.monotonic()
     executable = program.lower().compile()
@@ -69,9 +69,9 @@ def compiled(
     links = Links.of(topology, sizes, program.layout.mesh.devices)
     plan = described(cfg, topology, program)
     kernel_seconds, kernels_from = estimate.roofline(arithmetic.kernels, topology), LOWER_BOUND
-    if schedules:
-        by_kernel = bundles.seconds(inside.kernel_calls, Path(schedules), topology.chip.clock)
-        kernel_seconds, kernels_from = max(kernel_seconds, sum(by_kernel.values())), "their static schedules"
+    scheduled = bundles.seconds(inside.kernel_calls, Path(schedules), topology.chip.clock) if schedules else None
+    if scheduled is not None:
+        kernel_seconds, kernels_from = max(kernel_seconds, scheduled), "their static schedules"
     return replace(
         plan,
         source="compiler",
