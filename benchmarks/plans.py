@@ -44,6 +44,7 @@ CASES = (
     Case("stage3-v5p", ("compile", "required"), "configs/stage3.py", "v5p:4x4x4"),
     Case("mmdit-v5p", ("compile", "required"), "configs/v2_0/mmdit_768px.py", "v5p:8x8x8"),
     Case("stdit-v6e", ("required", "scaling"), STDIT, "v6e:8x8"),
+    Case("stdit-whole-v6e", ("required",), f"{STDIT}:whole_clips", "v6e:8x8"),
     Case("stage3-v6e", ("required",), "configs/stage3.py", "v6e:8x8", WITHIN_32_GB),
     Case("minute-1080p", ("long",), f"{STDIT}:minute_1080p", "v5p:2x2x2"),
     Case("dit-800k", ("long",), "configs/v1_0/dit_long.py", "v5p:2x2x2"),
@@ -114,7 +115,9 @@ def main() -> int:
     parser.add_argument("cases", nargs="*", help="names; --list shows them")
     parser.add_argument("--group", choices=groups, help="all cases of a group")
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--timeout", type=int, default=900, metavar="SECONDS", help="a case (900)")
+    parser.add_argument(
+        "--timeout", type=int, default=3600, metavar="SECONDS", help="a case (3600: the machine may be crowded)"
+    )
     parser.add_argument("--json", metavar="FILE", help="keep the records here, and take from here what is known")
     arguments = parser.parse_args()
     unknown = set(arguments.cases) - {case.name for case in CASES}

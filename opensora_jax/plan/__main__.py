@@ -32,6 +32,9 @@ def arguments(argv=None):
         "--compile", type=int, default=2, metavar="N", help="with --search: the N best (2); 0: nothing, all by formula"
     )
     parser.add_argument("--hlo", metavar="FILE", default="", help="also write the optimized HLO here")
+    parser.add_argument(
+        "--schedules", action="store_true", help="time our kernels by their static schedules (twice as slow)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse(argv)
 
@@ -59,8 +62,9 @@ def main(argv=None) -> int:
     if args.mesh:
         set_mesh(tree, args.mesh)
 
-    one_program = topology.chip.is_tpu and args.compile > 0 and not args.search
-    folder = libtpu.temporary("libtpu-schedules-") if one_program else ""  # those of several could not be told apart
+    if args.schedules and args.search:
+        raise UserError("--schedules times one program; those of a search could not be told apart")
+    folder = libtpu.temporary("libtpu-schedules-") if args.schedules and topology.chip.is_tpu else ""
     prepare(topology, libtpu.dump_to(folder) if folder else "")
     from opensora_jax.plan import report, target
     from opensora_jax.plan.formula import Traced

@@ -5,6 +5,7 @@ kernel: bundles x trips / clock is a time that no machine is needed for. It sees
 stands behind a condition as if it always ran, except the first such region (work done once a row).
 """
 
+import glob
 import math
 import re
 from dataclasses import dataclass
@@ -85,19 +86,31 @@ def read_schedule(bundles: str, utilization: str = "") -> Schedule:
 
 def of_kernel(folder: Path, name: str) -> Schedule:
     """The schedule of an instruction, or of the first kernel of this name, from a folder of dumps."""
-
-    def text(end: str) -> str:
-        matching = [path for path in folder.iterdir() if re.search(rf"-{name}(\.\d+)?-\d+-{end}$", path.name)]
-        if not matching:
-            raise FileNotFoundError(f"{folder}: no {end} of {name}")
-        return matching[0].read_text()
-
-    return read_schedule(text("final_bundles.txt"), text("final_hlo-static-per-bundle-utilization.txt"))
+    found = _of_kernels(folder, rf"{re.escape(name)}(\.\d+)?")
+    if not found:
+        raise FileNotFoundError(f"{folder}: no schedule of {name}")
+    return found[0]
 
 
-def seconds(calls: dict[str, int], folder: Path, clock: float) -> float | None:
-    """Of all calls of all kernels in a step; None where a schedule is missing."""
-    try:
-        return sum(times * of_kernel(folder, re.escape(name)).cycles() / clock for name, times in calls.items())
-    except FileNotFoundError:
-        return None
+def _of_kernels(folder: Path, pattern: str) -> list[Schedule]:
+    files = sorted(path for path in folder.iterdir() if re.search(rf"-{pattern}-\d+-final_bundles.txt$", path.name))
+    utilization = "final_hlo-static-per-bundle-utilization.txt"
+
+    def text(path: Path) -> str:
+        kernel = re.sub(r"-\d+-final_bundles.txt$", "", path.name)
+        return next(folder.glob(f"{glob.escape(kernel)}-*-{utilization}")).read_text()
+
+    return [read_schedule(path.read_text(), text(path)) for path in files]
+
+
+def seconds(calls: dict[str, int], folder: Path, clock: float) -> float:
+    """Of all calls of all kernels in a step. Calls that are alike are compiled once, under the name of one of them: where
+    one has no schedule, the longest of its kind stands for it."""
+    total = 0.0
+    for name, times in calls.items():
+        kind = re.sub(r"\.\d+$", "", name)
+        found = _of_kernels(folder, re.escape(name)) or _of_kernels(folder, rf"{re.escape(kind)}(\.\d+)?")
+        if not found:
+            raise FileNotFoundError(f"{folder}: no schedule of {name}")
+        total += times * max(schedule.cycles() for schedule in found) / clock
+    return total

@@ -69,8 +69,8 @@ def compiled(
     links = Links.of(topology, sizes, program.layout.mesh.devices)
     plan = described(cfg, topology, program)
     kernel_seconds, kernels_from = estimate.roofline(arithmetic.kernels, topology), LOWER_BOUND
-    scheduled = bundles.seconds(inside.kernel_calls, Path(schedules), topology.chip.clock) if schedules else None
-    if scheduled is not None:
+    if schedules:
+        scheduled = bundles.seconds(inside.kernel_calls, Path(schedules), topology.chip.clock)
         kernel_seconds, kernels_from = max(kernel_seconds, scheduled), "their static schedules"
     return replace(
         plan,

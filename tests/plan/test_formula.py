@@ -116,6 +116,22 @@ def test_a_search_ranks_what_fits(cfg, monkeypatch):
         search.search(cfg, small, "train", jax.devices()[:8], compile_best=0)
 
 
+def test_the_formula_agrees_with_the_tpu_compiler():
+    """STDiT 1.0 at full size on 8 devices: what the compiler counted (python -m benchmarks.plans stdit-v6e-8, 2026-11-29)
+    against a plan for GPUs, which have nothing else. Their rates alone are the chip's."""
+    cfg = config.build(RunConfig, config.load("configs/v1_0/stdit.py", ["--config.mesh.fsdp=1"]), "config")
+    plan = formula.Traced.of(target.traced(cfg, GPUS, "train")).plan(cfg, GPUS)
+    moved = {c.kind: c.moved for c in plan.collectives}
+    assert plan.hardware_flops / 8 == pytest.approx(55.47e12, rel=1e-3)
+    assert moved["all-to-all"] == pytest.approx(2312.1e6, rel=1e-3)
+    assert moved["all-gather"] == pytest.approx(2629.4e6, rel=0.1)
+    assert moved["reduce-scatter"] == pytest.approx(
+        1197.9e6 + 260.3e6 / 2, rel=0.1
+    )  # an all-reduce moves twice as much
+    assert plan.memory.arguments == pytest.approx(1.543e9, rel=0.02)
+    assert 3.23e9 < plan.memory.peak < 1.35 * 3.23e9  # never promises what does not fit
+
+
 def test_the_most_that_lives_at_once():
     def chain(x):  # x is the caller's; two values of its size live at a time
         return jnp.sin(jnp.cos(jnp.exp(x)))
