@@ -4,12 +4,15 @@ Scores of more than `MAX_SCORE_BYTES` are never held at once: queries go through
 in the backward pass, so memory grows with the chunk, not with queries x keys.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from opensora_jax.kernels.spec import Call
+from opensora_jax.parallel import shard
 
-MAX_SCORE_BYTES = 1 << 28  # float32 scores that may exist at once (all heads and samples)
+MAX_SCORE_BYTES = 1 << 28  # float32 scores that may exist at once on a device (all heads and samples)
 HIDDEN = -1e30  # finite, so that a row without visible keys stays free of NaN
 
 
@@ -18,7 +21,8 @@ def supports(call: Call) -> None:
 
 
 def score_bytes(call: Call) -> int:
-    return 4 * call.batch * call.heads * call.queries * call.keys
+    """On a device."""
+    return 4 * call.batch * call.heads * call.queries * call.keys // sharing(call.batch)
 
 
 def attention(
@@ -40,7 +44,7 @@ def attention(
 
     positions = jnp.arange(queries)
     row_bias = bias is not None and bias.shape[-2] != 1
-    rows_at_once = max(1, MAX_SCORE_BYTES // (4 * batch * heads * keys))
+    rows_at_once = max(1, sharing(batch) * MAX_SCORE_BYTES // (4 * batch * heads * keys))
     if rows_at_once >= queries:
         return chunk((q_btnh, q_ids, positions, None))
     pieces = -(-queries // rows_at_once)
@@ -57,6 +61,13 @@ def attention(
     rows = (split(q_btnh, 1), split(q_ids, 1), split(positions, 0), split(bias, 2) if row_bias else None)
     out = jax.lax.map(jax.checkpoint(chunk), rows)
     return jnp.moveaxis(out, 0, 1).reshape(batch, pieces * size, heads, -1)[:, :queries]
+
+
+def sharing(batch: int) -> int:
+    """Devices that share the samples out, where this is traced for all of them."""
+    where, manual = shard.current(), shard.manual_axes()
+    ways = 1 if where is None else math.prod(where.sizes[a] for a in where.axes_of("batch") if a not in manual)
+    return math.gcd(ways, batch)
 
 
 def key_visibility(keys, kv_lengths, kv_mask):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from opensora_jax.kernels import xla
 from opensora_jax.kernels.attention import attention
 from opensora_jax.kernels.stdit import stdit_attention
 from opensora_jax.parallel import shard
@@ -57,3 +58,13 @@ def test_plain_attention(layout):
         found = run("pallas_gpu")
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_a_device_counts_its_own_scores(layout, monkeypatch):
+    """Four of the eight devices share the samples out: three queries of a quarter of them fit, not of all."""
+    monkeypatch.setattr(xla, "MAX_SCORE_BYTES", 3 * (4 * 4 * 2 * 6) // 4)
+    x = jax.ShapeDtypeStruct((4, 6, 2, 8), jnp.float32)
+    pieces = lambda: str(jax.make_jaxpr(lambda q: attention(q, q, q, implementation="xla"))(x))
+    assert "length=6" in pieces()
+    with shard.use(layout):
+        assert "length=2" in pieces()
