@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: setup demo demo-scratch test parity lint lock clean
+.PHONY: setup demo demo-scratch test parity aot lint lock clean
 
 # One stamp a set of requirements: a second `make` sees it is current and starts at once.
 $(VENV)/.%.stamp: requirements/%.txt pyproject.toml
@@ -24,6 +24,9 @@ test: $(VENV)/.test.stamp  ## the whole suite, no torch needed; WORKERS=N proces
 
 parity: $(VENV)/.parity.stamp  ## live comparison with diffusers and transformers (torch)
 	@$(BIN)/python -m pytest -m parity tests/parity $(ARGS)
+
+aot: $(VENV)/.aot.stamp  ## compile kernels and a step for TPUs, with libtpu and without a TPU
+	@$(BIN)/python -m pytest -m tpu_aot tests/kernels tests/plan $(ARGS)
 
 lint: $(VENV)/.test.stamp
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
