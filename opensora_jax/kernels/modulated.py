@@ -1,7 +1,9 @@
-"""The two halves of a DiT block around its attention, which start with a modulated norm (adaLN).
+"""What surrounds the attention of a DiT block: a modulated norm (adaLN) in front of a product, a gate behind one.
 
     qkv = linear(x_btsc, shift, scale, kernel, bias)                        # h W + b,  h = norm(x) (1 + scale) + shift
     qkv = linear(x_btsc, shift, None, kernel, bias)                         # h W + b,  h = x + shift, no norm
+    q = linear(x_btsc, None, None, kernel, bias)                            # x W + b
+    x = project(x_btsc, a_btsc, gate, kernel, bias)                         # x + gate (a W + b); the gate may be None
     x = mlp(x_btsc, shift, scale, gate, (kernel1, bias1), (kernel2, bias2))  # x + gate (gelu(h W1 + b1) W2 + b2)
 
 Shift, scale and gate are [B or 1, 1 or T, 1, C], the norm is a layer norm without weights, the activation the
@@ -20,6 +22,7 @@ from opensora_jax.kernels.spec import Unsupported
 from opensora_jax.parallel import shard
 
 VECTORS = ("shift", "scale", "gate")
+STREAMS = ("x", "a")
 STREAM = ("batch", "frames", "space", None)
 CUTS_WEIGHTS = ("heads", "mlp")  # logical axes: where a mesh cuts along them, the compiler partitions the products
 
@@ -27,6 +30,11 @@ CUTS_WEIGHTS = ("heads", "mlp")  # logical axes: where a mesh cuts along them, t
 def linear(x, shift, scale, kernel, bias, *, eps: float = 1e-6, implementation: str | None = None):
     arrays = {"x": x, "shift": shift, "scale": scale, "kernel": kernel, "bias": bias}
     return _run(composed_linear, modulated_tpu.linear, arrays, kernel.shape[1], eps, implementation)
+
+
+def project(x, a, gate, kernel, bias, *, implementation: str | None = None):
+    arrays = {"x": x, "a": a, "gate": gate, "kernel": kernel, "bias": bias}
+    return _run(composed_project, modulated_tpu.project, arrays, x.shape[-1], None, implementation)
 
 
 def mlp(x, shift, scale, gate, first, second, *, eps: float = 1e-6, implementation: str | None = None):
@@ -38,15 +46,22 @@ def composed_linear(x, shift, scale, kernel, bias, *, eps):
     return _project(_modulated(x, shift, scale, eps), kernel, bias)
 
 
+def composed_project(x, a, gate, kernel, bias):
+    return x + _gated(_project(a, kernel, bias), gate)
+
+
 def composed_mlp(x, shift, scale, gate, first, second, *, eps):
     hidden = jax.nn.gelu(_project(_modulated(x, shift, scale, eps), *first), approximate=True)
-    h = _project(hidden, *second)
-    return x + (h.astype(jnp.float32) * gate).astype(h.dtype)
+    return x + _gated(_project(hidden, *second), gate)
+
+
+def _gated(h, gate):
+    return h if gate is None else (h.astype(jnp.float32) * gate).astype(h.dtype)
 
 
 def _modulated(x, shift, scale, eps):
     if scale is None:
-        return x + shift.astype(x.dtype)
+        return x if shift is None else x + shift.astype(x.dtype)
     return modulate(layer_norm(x, eps).astype(x.dtype), shift, scale)
 
 
@@ -68,23 +83,24 @@ def _project(x, kernel, bias):
 
 
 def _run(composed, fused, arrays, outputs, eps, implementation):
-    composed = functools.partial(composed, eps=eps)
+    if eps is not None:
+        composed, fused = (functools.partial(run, eps=eps) for run in (composed, fused))
     if not _fuses(arrays, implementation):
         return composed(**arrays)
     # Weights travel to every device in the dtype that they are used in.
-    weights = {name: a for name, a in arrays.items() if name not in ("x", *VECTORS)}
+    weights = {name: a for name, a in arrays.items() if name not in (*STREAMS, *VECTORS)}
     arrays = arrays | jax.tree.map(lambda a: a.astype(arrays["x"].dtype), weights)
     order = tuple(arrays)
 
     @jax.custom_vjp
     def run(*values):
-        return fused(**dict(zip(order, values)), eps=eps)
+        return fused(**dict(zip(order, values)))
 
     # Gradients through the composition: nothing is computed twice that remat policies would have kept.
     run.defvjp(lambda *values: jax.vjp(lambda *v: composed(**dict(zip(order, v))), *values), lambda pull, d: pull(d))
     x = arrays["x"]
     vector = ("batch", "frames", None, None)
-    names = {"x": STREAM} | {name: vector for name in VECTORS if name in arrays}
+    names = {name: STREAM for name in STREAMS if name in arrays} | {name: vector for name in VECTORS if name in arrays}
     names |= jax.tree.map(lambda a: (None,) * a.ndim, weights)
     return over_mesh(
         lambda **given: run(*(given[name] for name in order)), arrays, names, (*x.shape[:3], outputs), STREAM

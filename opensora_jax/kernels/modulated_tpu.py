@@ -1,4 +1,5 @@
-"""Modulated norm with the products behind it on TPUs (Pallas, Mosaic); forward only, modulated.py says why.
+"""Products with the modulated norm before them or the gate behind them on TPUs (Pallas, Mosaic); forward only,
+modulated.py says why.
 
 One program takes some frames x some positions, about 256 rows, and holds all weights in fast memory, where they stay for
 the whole grid. The products run in slices of columns, so that the vector unit's work on one slice (GELU, gate) can run
@@ -50,15 +51,22 @@ def supports(x, *kernels) -> None:
 
 
 def linear(x, shift, scale, kernel, bias, *, eps, interpret=None):
-    return _call(_linear_kernel, x, (shift, scale), [(kernel, bias)], kernel.shape[1], (), eps, interpret)
+    run = functools.partial(_linear_kernel, eps=eps)
+    return _call("linear", run, (x,), (shift, scale), [(kernel, bias)], kernel.shape[1], (x.shape[-1],), interpret)
+
+
+def project(x, a, gate, kernel, bias, *, interpret=None):
+    return _call("project", _project_kernel, (x, a), (gate,), [(kernel, bias)], x.shape[-1], (), interpret)
 
 
 def mlp(x, shift, scale, gate, first, second, *, eps, interpret=None):
-    hidden = first[0].shape[1]
-    return _call(_mlp_kernel, x, (shift, scale, gate), [first, second], x.shape[-1], (hidden,), eps, interpret)
+    run, width, hidden = functools.partial(_mlp_kernel, eps=eps), x.shape[-1], first[0].shape[1]
+    return _call("mlp", run, (x,), (shift, scale, gate), [first, second], width, (width, hidden), interpret)
 
 
-def _call(kernel, x, vectors, layers, outputs, scratch, eps, interpret):
+def _call(name, kernel, streams, vectors, layers, outputs, scratch, interpret):
+    """scratch: widths of what is kept of a block in fast memory."""
+    x = streams[0]
     batch, frames, positions, channels = x.shape
     block = Block.of(frames, positions)
     vectors = [v.astype(jnp.float32) for v in vectors if v is not None]
@@ -74,20 +82,20 @@ def _call(kernel, x, vectors, layers, outputs, scratch, eps, interpret):
     whole = lambda a: pl.BlockSpec(a.shape, lambda *_: (0, 0), pipeline_mode=pl.Buffered(1))
     bf16 = lambda width: pltpu.VMEM((block.rows, width), x.dtype)
     return pl.pallas_call(
-        functools.partial(kernel, eps=eps),
+        kernel,
         grid=(batch, -(-frames // block.frames), -(-positions // block.positions)),
-        in_specs=[rows(channels), [vector(v) for v in vectors], [whole(a) for a in weights]],
+        in_specs=[[rows(a.shape[-1]) for a in streams], [vector(v) for v in vectors], [whole(a) for a in weights]],
         out_specs=rows(outputs),
         out_shape=jax.ShapeDtypeStruct((*x.shape[:3], outputs), x.dtype),
-        scratch_shapes=[bf16(channels), *map(bf16, scratch)],
+        scratch_shapes=[*map(bf16, scratch)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3, vmem_limit_bytes=VMEM_LIMIT),
         interpret=spec.platform() != "tpu" if interpret is None else interpret,
-        name=kernel.__name__.strip("_").replace("kernel", "modulated"),
-    )(x, vectors, weights)
+        name=f"modulated_{name}",
+    )(list(streams), vectors, weights)
 
 
-def _linear_kernel(x_ref, vectors, weights, o_ref, h_ref, *, eps):
-    kernel, bias = weights
+def _linear_kernel(streams, vectors, weights, o_ref, h_ref, *, eps):
+    (x_ref,), (kernel, bias) = streams, weights
     h_ref[...] = _modulated(x_ref, *vectors, eps=eps)
 
     def columns(at):
@@ -97,8 +105,18 @@ def _linear_kernel(x_ref, vectors, weights, o_ref, h_ref, *, eps):
     each_slice(kernel.shape[1], columns)
 
 
-def _mlp_kernel(x_ref, vectors, weights, o_ref, h_ref, hidden_ref, *, eps):
-    shift, scale, gate = vectors
+def _project_kernel(streams, vectors, weights, o_ref):
+    (x_ref, a_ref), (kernel, bias) = streams, weights
+
+    def columns(at):
+        a = a_ref[...].reshape(-1, a_ref.shape[-1])
+        _add_gated(x_ref, vectors, dot(a, kernel[:, at]) + bias[:, at], o_ref, at)
+
+    each_slice(kernel.shape[1], columns)
+
+
+def _mlp_kernel(streams, vectors, weights, o_ref, h_ref, hidden_ref, *, eps):
+    (x_ref,), (shift, scale, *gate) = streams, vectors
     kernel1, bias1, kernel2, bias2 = weights
     h_ref[...] = _modulated(x_ref, shift, scale, eps=eps)
 
@@ -107,16 +125,24 @@ def _mlp_kernel(x_ref, vectors, weights, o_ref, h_ref, hidden_ref, *, eps):
         hidden_ref[:, at] = jax.nn.gelu(y, approximate=True).astype(hidden_ref.dtype)
 
     def columns(at):
-        y = dot(hidden_ref[...], kernel2[:, at]) + bias2[:, at]
-        y = y.reshape(*x_ref.shape[1:3], -1) * gate[0, :, :, at]
-        o_ref[0, :, :, at] = (x_ref[0, :, :, at].astype(jnp.float32) + y).astype(o_ref.dtype)
+        _add_gated(x_ref, gate, dot(hidden_ref[...], kernel2[:, at]) + bias2[:, at], o_ref, at)
 
     each_slice(kernel1.shape[1], hidden)
     each_slice(kernel2.shape[1], columns)
 
 
-def _modulated(x_ref, shift, scale=None, *, eps):
+def _add_gated(x_ref, gate, y, o_ref, at):
+    """Some columns of x + gate y; gate: a list of none or one."""
+    y = y.reshape(*x_ref.shape[1:3], -1)
+    for vector in gate:
+        y = y * vector[0, :, :, at]
+    o_ref[0, :, :, at] = (x_ref[0, :, :, at].astype(jnp.float32) + y).astype(o_ref.dtype)
+
+
+def _modulated(x_ref, shift=None, scale=None, *, eps):
     """[rows, C]."""
+    if shift is None:
+        return x_ref[...].reshape(-1, x_ref.shape[-1])
     x = x_ref[0].astype(jnp.float32)
     if scale is None:
         return (x + shift[0]).astype(x_ref.dtype).reshape(-1, x.shape[-1])

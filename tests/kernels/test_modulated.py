@@ -47,6 +47,17 @@ def test_matches_float64(frames, positions, vectors):
     assert relative(ours.astype(jnp.float32), reference.astype(jnp.float32)) < FORWARD["bfloat16"]
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_projection_onto_a_stream_matches_float64(gated):
+    x, (_, _, gate), (_, layer) = inputs(3, 24, 3)
+    a = jax.random.normal(jax.random.key(1), (2, 3, 24, 4 * C)).astype(x.dtype)
+    wide = lambda a: np.asarray(a.astype(jnp.float32), np.float64)
+    exact = wide(x) + (wide(gate) if gated else 1) * (wide(a) @ wide(layer[0]) + wide(layer[1]))
+    for implementation in ("pallas_tpu", "xla"):
+        ours = modulated.project(x, a, gate if gated else None, *layer, implementation=implementation)
+        assert ours.dtype == jnp.bfloat16 and relative(ours.astype(jnp.float32), exact) < FORWARD["bfloat16"]
+
+
 def test_composition_matches_float64():
     x, vectors, layers = inputs(2, 5, 2, jnp.float32)
     mlp, linear = float64(x, *vectors, *layers)
