@@ -91,7 +91,11 @@ class PatchEmbed3D(nnx.Module):
         )  # fmt: skip
 
     def __call__(self, x):
-        return self.proj(pad_to_patch(x, self.patch))
+        """As one product: a convolution would copy the tokens twice on a TPU."""
+        kernel, bias = self.proj.kernel[...], self.proj.bias
+        x = patchify(pad_to_patch(x, self.patch), self.patch).astype(self.proj.dtype)
+        y = x @ kernel.reshape(-1, kernel.shape[-1]).astype(x.dtype)
+        return y if bias is None else y + bias[...].astype(y.dtype)
 
 
 def flattened_xavier(key, shape, dtype=jnp.float32, out_sharding=None):
@@ -106,6 +110,14 @@ def patch_3d(patch):
 def pad_to_patch(x, patch):
     pads = [(0, -size % p) for size, p in zip(x.shape[1:4], patch_3d(patch))]
     return jnp.pad(x, [(0, 0), *pads, (0, 0)]) if any(p for _, p in pads) else x
+
+
+def patchify(x, patch):
+    """[B, T, H, W, C] → [B, T', H', W', pt*ph*pw*C], the reverse of `unpatchify`."""
+    b, t, h, w, channels = x.shape
+    pt, ph, pw = patch_3d(patch)
+    x = x.reshape(b, t // pt, pt, h // ph, ph, w // pw, pw, channels)
+    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, t // pt, h // ph, w // pw, -1)
 
 
 def unpatchify(x, patch, channels: int):

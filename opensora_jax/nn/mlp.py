@@ -20,7 +20,7 @@ class MLP(nnx.Module):
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.act = act
         self.fc1 = Linear(features, hidden, ("embed", "mlp"), init=init, **kwargs)
-        self.fc2 = Linear(hidden, outputs or features, ("mlp", "embed"), init=init_out or init, **kwargs)
+        self.fc2 = Linear(hidden, outputs or features, ("mlp_rows", "embed"), init=init_out or init, **kwargs)
 
     def __call__(self, x):
         return self.fc2(self.act(self.fc1(x)))
