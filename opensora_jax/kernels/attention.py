@@ -13,7 +13,7 @@ from types import ModuleType
 
 from opensora_jax.kernels import cudnn, mosaic_gpu, pallas_gpu, pallas_tpu, spec, xla
 from opensora_jax.kernels.sharded import over_mesh
-from opensora_jax.kernels.spec import Call, Unsupported
+from opensora_jax.kernels.spec import Call, Unsupported, repeat
 
 log = logging.getLogger("opensora_jax.kernels")
 
@@ -44,7 +44,8 @@ def attention(
     scale=None,
     implementation: str | None = None,
 ):
-    """[B, T, N, H] from queries [B, T, N, H] and keys, values [B, S, N, H].
+    """[B, T, N, H] from queries [B, T, N, H] and keys, values [B, S, N, H]. Samples of keys, with their lengths and masks,
+    may be fewer, as many as divide those of queries: sample i of the queries sees that of i modulo their number.
 
     kv_lengths: [B] int, keys beyond are hidden. kv_mask: [B, S] bool, True = visible. segment_ids: (q_ids [B, T],
     kv_ids [B, S]), equal ids see each other. bias: additive, broadcasts to [B, N, T, S]. causal: query i sees 0..i.
@@ -58,7 +59,8 @@ def attention(
     name = choose(call, BACKENDS, PREFERENCE, implementation)
     scale = head_dim**-0.5 if scale is None else scale
     run = functools.partial(BACKENDS[name].attention, causal=causal, scale=scale)
-    operands = {"q_btnh": q_btnh, "k_bsnh": k_bsnh, "v_bsnh": v_bsnh, **optional}
+    keyed = {"k_bsnh": k_bsnh, "v_bsnh": v_bsnh, "kv_lengths": kv_lengths, "kv_mask": kv_mask}
+    operands = {"q_btnh": q_btnh, **optional, **(keyed if name == "pallas_tpu" else repeat(keyed, batch))}
     if name == "xla" or causal:  # a share of the queries does not know where it begins
         return run(**operands)
     return over_mesh(run, operands, _axes(bias), (*q_btnh.shape[:3], v_bsnh.shape[3]), QUERY_AXES)
@@ -109,10 +111,10 @@ def _first_that_serves(call: Call, backends: tuple, order: tuple, chip: str) -> 
 
 def check_shapes(q, k, v, *, kv_lengths, kv_mask, segment_ids, bias):
     batch, queries, heads, head_dim = q.shape
-    keys = k.shape[1]
-    if k.shape != (batch, keys, heads, head_dim) or v.shape[:3] != k.shape[:3]:
+    samples, keys = k.shape[:2]
+    if batch % samples or k.shape[2:] != (heads, head_dim) or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit together")
-    wanted = {"kv_lengths": (kv_lengths, (batch,)), "kv_mask": (kv_mask, (batch, keys))}
+    wanted = {"kv_lengths": (kv_lengths, (samples,)), "kv_mask": (kv_mask, (samples, keys))}
     if segment_ids is not None:
         wanted |= {"q ids": (segment_ids[0], (batch, queries)), "kv ids": (segment_ids[1], (batch, keys))}
     for name, (value, shape) in wanted.items():

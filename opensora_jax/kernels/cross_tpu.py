@@ -32,7 +32,7 @@ QUERY_BLOCK = 512
 
 
 def attend(q, k, v, kv_lengths, kv_mask, heads: Heads, scale, interpret):
-    """[B, T, C] over [B, S, C]."""
+    """[n * B, T, C] over [B, S, C]: sample i of the queries sees the keys of sample i modulo B."""
     block = even_blocks(q.shape[1], QUERY_BLOCK)
     # The kernels scale by 1/sqrt(H); any other scale is put into q.
     usual = heads.dim**-0.5
@@ -48,7 +48,7 @@ def attend(q, k, v, kv_lengths, kv_mask, heads: Heads, scale, interpret):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q, k, v, extras, problem):
-    return forward_call(q, k, v, (0, 0, 0), extras, problem)
+    return forward_call(q[None], k[None], v[None], (0, 0, 0), extras, problem)[0]
 
 
 def _attend_forward(q, k, v, extras, problem):
@@ -56,13 +56,15 @@ def _attend_forward(q, k, v, extras, problem):
 
 
 def _attend_backward(problem, residuals, d_out):
-    q, k, v, extras = residuals
+    q, *once = residuals
+    repeats = q.shape[0] // once[0].shape[0]
+    k, v, extras = jax.tree.map(lambda a: jnp.tile(a, (repeats, 1, 1)), once)
     batch, queries, channels = q.shape
     padded, block, heads = problem.padded, problem.block, problem.heads
     at_query = pl.BlockSpec((1, block, channels), lambda b, i: (b, i, 0))
     whole = pl.BlockSpec((1, padded, channels), lambda b, i: (b, 0, 0))
     tiles = lambda dtype: pltpu.VMEM((heads.count, padded, LANES), dtype)
-    grads = pl.pallas_call(
+    d_q, *d_text = pl.pallas_call(
         functools.partial(_backward_kernel, problem=problem, queries=queries),
         grid=(batch, -(-queries // block)),
         in_specs=[at_query, whole, whole, at_query, extra_specs(extras, problem)],
@@ -75,7 +77,8 @@ def _attend_backward(problem, residuals, d_out):
         interpret=problem.interpret,
         name="cross_backward",
     )(q, k, v, d_out, extras)
-    return *grads, jax.tree.map(jnp.zeros_like, extras)
+    add = lambda d: d.reshape(repeats, -1, *d.shape[1:]).astype(jnp.float32).sum(0).astype(d.dtype)
+    return d_q, *(map(add, d_text) if repeats > 1 else d_text), jax.tree.map(jnp.zeros_like, once[2])
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

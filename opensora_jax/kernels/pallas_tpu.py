@@ -7,8 +7,8 @@ stdit_tpu.py). Heads of 128 lanes, as in MMDiT, take the flash kernels of flash_
 
 import jax.numpy as jnp
 
-from opensora_jax.kernels import cross_tpu, flash_tpu, spec
-from opensora_jax.kernels.spec import Call, Unsupported
+from opensora_jax.kernels import cross_tpu, flash_tpu, spec, tpu_channels
+from opensora_jax.kernels.spec import Call, Unsupported, repeat
 from opensora_jax.kernels.tpu_lanes import LANES, Heads
 
 
@@ -19,6 +19,7 @@ def supports(call: Call) -> None:
         return call.refuse("bias", "segment_ids", "causal", "kv_mask")
     call.refuse("bias", "segment_ids", "causal")
     Heads(call.heads, call.head_dim).check()
+    tpu_channels.marks(Heads(call.heads, call.head_dim))
     if call.keys > cross_tpu.MAX_KEYS:
         raise Unsupported(f"{call.keys} keys of heads of {call.head_dim} are more than {cross_tpu.MAX_KEYS}")
 
@@ -29,7 +30,9 @@ def attention(
     b, t, n, h = q_btnh.shape
     s = k_bsnh.shape[1]
     interpret = spec.platform() != "tpu"
-    q, k, v = q_btnh.reshape(b, t, n * h), k_bsnh.reshape(b, s, n * h), v_bsnh.reshape(b, s, n * h)
+    if h == LANES:
+        k_bsnh, v_bsnh, kv_lengths = repeat((k_bsnh, v_bsnh, kv_lengths), b)
+    q, k, v = (x.reshape(*x.shape[:2], n * h) for x in (q_btnh, k_bsnh, v_bsnh))
     if h == LANES:
         lengths = jnp.full(b, s, jnp.int32) if kv_lengths is None else kv_lengths.astype(jnp.int32)
         out = flash_tpu.attend(q, k, v, lengths, heads=n, scale=float(scale), interpret=interpret)

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 
 CHIPS = {  # device_kind, in lower case, contains → our name
     "v5 lite": "v5e",
@@ -58,6 +59,12 @@ class Call:
         present = sorted(self.extras.intersection(names))
         if present:
             raise Unsupported(f"{' and '.join(present)} not served")
+
+
+def repeat(arrays, batch: int):
+    """Arrays [B, ...] (some may be None) over and over again, up to `batch` samples."""
+    again = lambda a: a if a.shape[0] == batch else jnp.tile(a, (batch // a.shape[0], *[1] * (a.ndim - 1)))
+    return jax.tree.map(again, arrays)
 
 
 @contextmanager

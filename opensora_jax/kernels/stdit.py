@@ -16,6 +16,7 @@ from opensora_jax.kernels import attention as dispatch
 from opensora_jax.kernels import spec, stdit_gpu, stdit_tpu, xla
 from opensora_jax.kernels.sharded import over_mesh
 from opensora_jax.kernels.spec import Call, Unsupported
+from opensora_jax.parallel import pieces as in_pieces
 from opensora_jax.parallel import shard
 
 FUSED: dict[str, ModuleType] = {"pallas_tpu": stdit_tpu, "pallas_gpu": stdit_gpu}
@@ -23,13 +24,14 @@ PREFERENCE: dict[str, tuple[str, ...]] = {"tpu": ("pallas_tpu",)}  # fastest fir
 COMPOSED = "composed"
 
 
+AXES = {"spatial": ("batch", "frames", None), "temporal": ("batch", None, "space")}
+ROW = {"spatial": 2, "temporal": 1}  # the dimension that is attended over
+
+
 class _Anything:
     """Stands for the composed path at the end of the preference."""
 
     supports = staticmethod(lambda call: None)
-
-
-AXES = {"spatial": ("batch", "frames", None), "temporal": ("batch", None, "space")}
 
 
 def stdit_attention(
@@ -42,6 +44,7 @@ def stdit_attention(
     rope=None,
     norm_before_rope: bool = True,
     kv_mask=None,
+    pieces: int = 1,
     implementation: str | None = None,
 ):
     """[B, T, S, C].
@@ -49,6 +52,7 @@ def stdit_attention(
     q_scale, k_scale: [head_dim] weights of the RMS norm over each head (eps 1e-6), or None for no norm.
     rope: (cos, sin), each [row, head_dim], for interleaved pairs; row is S in spatial and T in temporal mode.
     norm_before_rope: False for Open-Sora 1.1, which rotates first. kv_mask: [B, row] bool, True = visible.
+    pieces: rows lie in so many pieces, each of all samples [pieces * B, T, S, 3C] (parallel/pieces.py); so does the result.
     """
     if mode not in ("spatial", "temporal"):
         raise ValueError(f"stdit_attention: mode={mode!r} is unknown; choose spatial or temporal")
@@ -56,12 +60,12 @@ def stdit_attention(
     head_dim = c3 // (3 * num_heads)
     if head_dim * 3 * num_heads != c3:
         raise ValueError(f"stdit_attention: {c3} channels are not 3 x {num_heads} heads of equal size")
-    row = s if mode == "spatial" else t
+    row = pieces * qkv_btsc.shape[ROW[mode]]
     for name, table in zip(("cos", "sin"), rope or ()):
         if table.shape != (row, head_dim):
             raise ValueError(f"stdit_attention: {name} has shape {table.shape}, expected {(row, head_dim)}")
-    if kv_mask is not None and kv_mask.shape != (b, row):
-        raise ValueError(f"stdit_attention: kv_mask has shape {kv_mask.shape}, expected {(b, row)}")
+    if kv_mask is not None and kv_mask.shape != (b // pieces, row):
+        raise ValueError(f"stdit_attention: kv_mask has shape {kv_mask.shape}, expected {(b // pieces, row)}")
     if (q_scale is None) != (k_scale is None):
         raise ValueError("stdit_attention: give q_scale and k_scale, or neither")
     optional = {"norm": q_scale, "rope": rope, "kv_mask": kv_mask}
@@ -70,11 +74,16 @@ def stdit_attention(
     fused = _fused(call, implementation)
     arrays = {"q_scale": q_scale, "k_scale": k_scale, "rope": rope, "kv_mask": kv_mask}
     static = {"num_heads": num_heads, "mode": mode, "norm_before_rope": norm_before_rope}
+    if pieces > 1 and (fused is None or not fused.takes_pieces(mode, pieces, row)):
+        whole = in_pieces.join(qkv_btsc, pieces, ROW[mode])
+        out = stdit_attention(whole, implementation=implementation, **static, **arrays)
+        return in_pieces.cut(out, pieces, ROW[mode])
     if fused is None:
         return composed(qkv_btsc, implementation=implementation, **static, **arrays)
     # What does not attend to each other is shared out: frames in spatial mode, positions in temporal mode.
     axes = (*AXES[mode], None)
     whole = {"q_scale": (None,), "k_scale": (None,), "rope": ((None, None),) * 2, "kv_mask": ("batch", None)}
+    static |= {"pieces": pieces} if pieces > 1 else {}
     run = functools.partial(fused.stdit_attention, **static)
     return over_mesh(run, {"qkv_btsc": qkv_btsc, **arrays}, {"qkv_btsc": axes, **whole}, (b, t, s, c3 // 3), axes)
 

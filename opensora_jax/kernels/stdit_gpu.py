@@ -46,6 +46,10 @@ def supports(call: Call) -> None:
         raise Unsupported(f"head_dim {call.head_dim}")
 
 
+def takes_pieces(mode: str, pieces: int, row: int) -> bool:
+    return False
+
+
 def stdit_attention(qkv_btsc, *, num_heads, mode, q_scale, k_scale, rope, norm_before_rope, kv_mask=None, blocks=None):
     """`blocks` (rows of one score tile, unless a row alone is longer; warps) instead of the table's."""
     b, t, s, c3 = qkv_btsc.shape

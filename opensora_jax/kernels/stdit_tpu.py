@@ -1,7 +1,7 @@
 """Fused STDiT attention on TPUs (Pallas, Mosaic), spatial mode: rows of S tokens, forward and backward.
 
 The kernels read the projected activations [rows, S, 3C] where they lie and write [rows, S, C]: no transpose, pad or
-copy around them (tpu_lanes.py says how heads are split). Forward: grid (row, block of queries); keys and values of a
+copy around them (tpu_lanes.py says how heads are split), also where a row lies in pieces. Forward: grid (row, block of queries); keys and values of a
 row are prepared once into fast memory, then each block of queries sees all keys in a single-pass softmax. Backward:
 grid (row); per head and block of queries the transposed scores are recomputed, so that the sums over keys run along
 sublanes and only dq needs a transposed operand. S needs no alignment: rows beyond it are hidden keys.
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from opensora_jax.kernels import spec, stdit_tpu_temporal
+from opensora_jax.kernels import spec, stdit_tpu_temporal, tpu_channels
 from opensora_jax.kernels.spec import Call, Unsupported
 from opensora_jax.kernels.tpu_lanes import (
     COLUMNS_BY_COLUMNS,
@@ -37,6 +37,9 @@ from opensora_jax.kernels.tpu_lanes import (
 
 VMEM_LIMIT = 100 << 20
 QUERY_BLOCK = {"forward": 512, "backward": 512}
+# Up to here a division a head, which sends its sum across the lanes, takes longer than all heads' products of a block: they
+# are divided together (v6e, 2026-11-29: 77 us instead of 111 over 120 keys; 4% slower over 1024).
+FEW_KEYS = 256
 LONG_ROW = 2048  # beyond it the backward pass takes 128 queries at once: scores live beside the whole row
 
 
@@ -50,6 +53,12 @@ class Problem(NamedTuple):
     norm_first: bool
     outer: int  # rows that share a line of the key mask
     interpret: bool
+    pieces: int = 1  # of a row, one behind the other; each of whole registers
+
+    @property
+    def piece(self) -> int:
+        """Tokens of one piece."""
+        return self.size // self.pieces
 
     @property
     def padded(self) -> int:
@@ -66,6 +75,7 @@ def supports(call: Call) -> None:
     Heads(call.heads, call.head_dim).check()
     if call.kind == "temporal":
         return stdit_tpu_temporal.supports(call)
+    tpu_channels.marks(Heads(call.heads, call.head_dim))
     needed = _forward_bytes(call.queries, call.heads * call.head_dim, 2 if call.dtype == "bfloat16" else 4)
     if needed > VMEM_LIMIT:
         raise Unsupported(f"rows of {call.queries} tokens need {needed >> 20} MiB of VMEM")
@@ -79,24 +89,52 @@ def _forward_bytes(size, channels, itemsize):
 
 
 def stdit_attention(
-    qkv_btsc, *, num_heads, mode, q_scale, k_scale, rope, norm_before_rope, kv_mask=None, block=None, interpret=None
+    qkv_btsc,
+    *,
+    num_heads,
+    mode,
+    q_scale,
+    k_scale,
+    rope,
+    norm_before_rope,
+    kv_mask=None,
+    pieces=1,
+    block=None,
+    interpret=None,
 ):
     b, t, s, c3 = qkv_btsc.shape
     heads = Heads(num_heads, c3 // 3 // num_heads)
     interpret = spec.platform() != "tpu" if interpret is None else interpret
     norm = None if q_scale is None else norm_rows(heads, q_scale, k_scale)
     if mode == "temporal":
-        return stdit_tpu_temporal.attend(qkv_btsc, heads, norm, rope, norm_before_rope, kv_mask, interpret)
+        return stdit_tpu_temporal.attend(qkv_btsc, heads, norm, rope, norm_before_rope, kv_mask, pieces, interpret)
     extras = {} if norm is None else {"norm": norm}
-    most = {"forward": QUERY_BLOCK["forward"], "backward": QUERY_BLOCK["backward"] if s <= LONG_ROW else LANES}
-    blocks = [block or even_blocks(s, most[stage]) for stage in ("forward", "backward")]
-    problem = Problem(heads, s, *blocks, norm_before_rope, t, interpret)
+    size = pieces * s
+    fitting = functools.partial(whole_pieces, s, pieces) if pieces > 1 else functools.partial(even_blocks, s)
+    blocks = [block or fitting(most) for most in most_queries(size)]
+    problem = Problem(heads, size, *blocks, norm_before_rope, t, interpret, pieces)
     if rope is not None:
         extras["rope"] = rotation_tables(rope, max(problem.padded, *(-(-s // size) * size for size in blocks)))
     if kv_mask is not None:
         hidden = jnp.where(kv_mask, 0.0, HIDE)[:, :, None].astype(jnp.float32)
         extras["hidden"] = jnp.broadcast_to(hidden, (*kv_mask.shape, LANES))
-    return _attend(qkv_btsc.reshape(b * t, s, c3), extras, problem).reshape(b, t, s, c3 // 3)
+    return _attend(qkv_btsc.reshape(pieces, -1, s, c3), extras, problem).reshape(b, t, s, c3 // 3)
+
+
+def most_queries(size: int) -> tuple[int, int]:
+    """At once, forward and backward."""
+    return QUERY_BLOCK["forward"], QUERY_BLOCK["backward"] if size <= LONG_ROW else LANES
+
+
+def takes_pieces(mode: str, pieces: int, row: int) -> bool:
+    """Can the kernels read rows in pieces where they lie?"""
+    piece = row // pieces
+    return mode == "temporal" or (piece % 16 == 0 and row % LANES == 0 and piece <= min(most_queries(row)))
+
+
+def whole_pieces(piece: int, pieces: int, most: int) -> int:
+    """The most tokens up to `most` that are some of the pieces, the same in every block."""
+    return max(count * piece for count in range(1, pieces + 1) if pieces % count == 0 and count * piece <= most)
 
 
 def even_blocks(size: int, most: int) -> int:
@@ -127,12 +165,13 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def extra_specs(extras, problem):
-    """Norm weights and tables stay put; the key mask moves with the row."""
+    """Norm weights and tables stay put; the key mask moves with the row, over and over again where rows are more."""
     whole = lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
     specs = {name: whole(x) for name, x in extras.items()}
     if "hidden" in extras:
         specs["hidden"] = pl.BlockSpec(
-            (1, problem.padded, LANES), lambda row, *_: (jax.lax.div(row, problem.outer), 0, 0)
+            (1, problem.padded, LANES),
+            lambda row, *_: (jax.lax.rem(jax.lax.div(row, problem.outer), extras["hidden"].shape[0]), 0, 0),
         )
     return specs
 
@@ -146,10 +185,10 @@ def _prepare(problem, extras, head, which, first, rows, dtype):
     return Preparation(weight, *tables, problem.norm_first, problem.heads.dim, dtype, matrix_sums=False)
 
 
-def reader(ref, which, heads: Heads, rows=slice(None)):
-    """tile → [rows, 128] of q (0), k (1) or v (2) in a [1, rows, n*C] block."""
+def reader(ref, which, heads: Heads, at=(...,)):
+    """tile → [rows, 128] of q (0), k (1) or v (2) in a block [.., rows, n*C]; at: which of its rows."""
     start = which * heads.tiles
-    return lambda tile: ref[0, rows, (start + tile) * LANES : (start + tile + 1) * LANES]
+    return lambda tile: ref[(*at, slice((start + tile) * LANES, (start + tile + 1) * LANES))].reshape(-1, LANES)
 
 
 def rows_inside(rows: int, size, first=0):
@@ -198,6 +237,8 @@ def _forward_kernel(q_ref, k_ref, v_ref, extras, o_ref, keys, values, *, problem
 
     tiles = [None] * heads.tiles
     scores, weights = {}, {}
+    totals = jnp.ones((problem.block, LANES), jnp.float32)
+    lane = jax.lax.broadcasted_iota(jnp.int32, totals.shape, 1)
     # One head's products run beside the softmax of the head before and the output of the one before that.
     for starting in range(heads.count + 2):
         between, ending = starting - 1, starting - 2
@@ -208,10 +249,24 @@ def _forward_kernel(q_ref, k_ref, v_ref, extras, o_ref, keys, values, *, problem
             weights[between] = jnp.exp2(x - x.max(-1, keepdims=True)).astype(dtype)
         if ending in weights:
             out = dot(weights.pop(ending), values[ending])
-            total = out[:, heads.spare(ending) : heads.spare(ending) + 1]
-            heads.scatter(tiles, ending, out * (1.0 / jnp.maximum(total, TINY)))
+            if "spread" in extras:
+                totals = jnp.where((lane & ~1) == tpu_channels.marks(heads)[ending], out, totals)
+            else:
+                total = out[:, heads.spare(ending) : heads.spare(ending) + 1]
+                out = out * (1.0 / jnp.maximum(total, TINY))
+            heads.scatter(tiles, ending, out)
+    if "spread" in extras:
+        tiles = _divided(tiles, totals, extras["spread"], dtype)
     for tile, x in enumerate(tiles):
-        o_ref[0, :, tile * LANES : (tile + 1) * LANES] = x.astype(dtype)
+        o_ref[..., tile * LANES : (tile + 1) * LANES] = x.astype(dtype).reshape(*o_ref.shape[:-1], LANES)
+
+
+def _divided(tiles, totals, spread, dtype):
+    """By the sums of the weights, all heads at once."""
+    inverse = tpu_channels.split(1.0 / jnp.maximum(totals, TINY), dtype)
+    scale = [dot(inverse, spread[:, start * LANES : (start + 2) * LANES]) for start in range(0, len(tiles), 2)]
+    part = lambda tile: slice(tile % 2 * LANES, (tile % 2 + 1) * LANES)
+    return [x * scale[tile // 2][:, part(tile)] for tile, x in enumerate(tiles)]
 
 
 def _queries(q_ref, problem, extras, head):
@@ -227,18 +282,27 @@ def _queries(q_ref, problem, extras, head):
 
 
 def forward_call(q, k, v, lanes, extras, problem):
-    """Queries [rows, T, ..] over keys and values [rows, S, ..], each at its block of C lanes (`lanes`)."""
-    rows, queries, _ = q.shape
+    """Queries [pieces, rows, T, ..] over keys and values [pieces, rows, S, ..], each at its block of C lanes (`lanes`).
+    Rows of keys may be fewer: they serve over and over again."""
+    rows, queries = q.shape[1], problem.pieces * q.shape[2]
     channels, padded, block = problem.heads.channels, problem.padded, problem.block
-    whole = lambda which: pl.BlockSpec((1, padded, channels), lambda row, _: (row, 0, which))
-    queries_at = lambda which: pl.BlockSpec((1, block, channels), lambda row, i: (row, i, which))
+    if problem.pieces == 1:
+        queries_at = lambda which: pl.BlockSpec((1, 1, block, channels), lambda row, i: (0, row, i, which))
+    else:
+        some = (block // problem.piece, 1, problem.piece, channels)
+        queries_at = lambda which: pl.BlockSpec(some, lambda row, i: (i, row, 0, which))
+    whole = lambda which: pl.BlockSpec(
+        whole_row(problem, padded, channels), lambda row, _: (0, jax.lax.rem(row, k.shape[1]), 0, which)
+    )
     prepared = pltpu.VMEM((problem.heads.count, padded, LANES), q.dtype)
+    if padded <= FEW_KEYS:
+        extras = extras | {"spread": tpu_channels.spreading(problem.heads, q.dtype)}
     return pl.pallas_call(
         functools.partial(_forward_kernel, problem=problem),
         grid=(rows, -(-queries // block)),
         in_specs=[queries_at(lanes[0]), whole(lanes[1]), whole(lanes[2]), extra_specs(extras, problem)],
         out_specs=queries_at(0),
-        out_shape=jax.ShapeDtypeStruct((rows, queries, channels), q.dtype),
+        out_shape=jax.ShapeDtypeStruct((*q.shape[:3], channels), q.dtype),
         scratch_shapes=[prepared, prepared],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
@@ -246,6 +310,11 @@ def forward_call(q, k, v, lanes, extras, problem):
         interpret=problem.interpret,
         name="stdit_spatial",
     )(q, k, v, extras)
+
+
+def whole_row(problem, rows: int, channels: int) -> tuple[int, ...]:
+    """A block of all pieces of a row; `rows`: with what lies beyond the last token of a row in one piece."""
+    return (problem.pieces, 1, problem.piece if problem.pieces > 1 else rows, channels)
 
 
 def transposed_slopes(k, q, v, do):
@@ -267,7 +336,7 @@ def _backward_kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
     valid = rows_inside(padded, problem.size) if padded != problem.size else None
     ragged = padded != problem.size or problem.size % rows
     inverse = 1 / LOG2E
-    row = slice(0, padded)
+    row = (0, 0, slice(0, padded)) if problem.pieces == 1 else (slice(None), 0, slice(None))
     for head in range(heads.count):
         k_raw = own_float(reader(qkv_ref, 1, heads, row), heads, head, padded, valid)
         k_preparation = _prepare(problem, extras, head, 1, 0, padded, dtype)
@@ -280,7 +349,10 @@ def _backward_kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
 
         def block(i, d_weight, head=head, k=k, v=v):
             first = pl.multiple_of(i * rows, 16)
-            at = pl.ds(first, rows)
+            at = (0, 0, pl.ds(first, rows))
+            if problem.pieces > 1:
+                count = rows // problem.piece
+                at = (pl.ds(i * count, count), 0, slice(None))
             exists = rows_inside(rows, problem.size, first) if ragged else None
             q_raw = own_float(reader(qkv_ref, 0, heads, at), heads, head, rows, exists)
             q_preparation = _prepare(problem, extras, head, 0, first, rows, dtype)
@@ -303,8 +375,8 @@ def _backward_kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
         _merge(d_ref, heads, head, 1, row, dk.astype(dtype))
         _merge(d_ref, heads, head, 2, row, dv_sum[...].astype(dtype))
         if norm is not None:
-            _merge(d_norm_ref.at[0], heads, head, 0, slice(None), d_weight_q, lead=0)
-            _merge(d_norm_ref.at[0], heads, head, 0, slice(None), _fold(d_weight_k), lead=1)
+            _merge(d_norm_ref, heads, head, 0, (0, 0, slice(None)), d_weight_q)
+            _merge(d_norm_ref, heads, head, 0, (0, 1, slice(None)), _fold(d_weight_k))
 
 
 def _loop(count, body, start):
@@ -323,21 +395,24 @@ def _fold(x):
     return x.reshape(x.shape[0] // 8, 8, LANES).sum(0)
 
 
-def _merge(ref, heads, head, which, at, x, lead=0):
-    """Writes the head's lanes of x into its tiles of q (0), k (1) or v (2). Heads come in order: what lies beyond the
+def _merge(ref, heads, head, which, at, x):
+    """Writes the head's lanes of x into its tiles of q (0), k (1) or v (2), to the rows `at`. Heads come in order: what lies beyond the
     head in its last tile is written later, what lies before it in its first tile is kept."""
     tile, first, spans = heads.place(head)
     for step in range(1 + spans):
         lanes = slice((which * heads.tiles + tile + step) * LANES, (which * heads.tiles + tile + step + 1) * LANES)
+        there = ref[(*at, lanes)]
         keep = step == 0 and first > 0
         lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-        ref[lead, at, lanes] = jnp.where(lane >= first, x, ref[lead, at, lanes]) if keep else x
+        merged = jnp.where(lane >= first, x, there.reshape(x.shape)) if keep else x
+        ref[(*at, lanes)] = merged.reshape(there.shape)
 
 
 def _backward(qkv, extras, d_out, problem):
-    rows, _, c3 = qkv.shape
+    rows, c3 = qkv.shape[1], qkv.shape[3]
     padded = max(problem.padded, -(-problem.size // problem.block_backward) * problem.block_backward)
-    row = lambda width: pl.BlockSpec((1, padded, width), lambda i: (i, 0, 0), **_single(padded * c3, qkv.dtype))
+    single = _single(padded * c3, qkv.dtype)
+    row = lambda width: pl.BlockSpec(whole_row(problem, padded, width), lambda i: (0, i, 0, 0), **single)
     out_specs, out_shape = [row(c3)], [jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)]
     if "norm" in extras:
         out_specs.append(pl.BlockSpec((1, 2, 8, c3 // 3), lambda i: (i, 0, 0, 0)))

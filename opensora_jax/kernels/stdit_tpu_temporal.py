@@ -41,7 +41,13 @@ class Problem(NamedTuple):
     units: int  # strided loads of one tile; 0: the block is one tile as it lies
     itemsize: int
     norm_first: bool
+    pieces: int  # of the frames, one behind the other
     interpret: bool
+
+    @property
+    def piece(self) -> int:
+        """Frames of one piece."""
+        return self.frames // self.pieces
 
     @property
     def padded(self) -> int:
@@ -87,8 +93,9 @@ def supports(call: Call) -> None:
     tpu_channels.marks(heads)
 
 
-def attend(qkv_btsc, heads, norm, rope, norm_first, kv_mask, interpret):
-    _, t, s, _ = qkv_btsc.shape
+def attend(qkv_btsc, heads, norm, rope, norm_first, kv_mask, pieces, interpret):
+    b, t, s, c3 = qkv_btsc.shape
+    t *= pieces
     itemsize = qkv_btsc.dtype.itemsize
     block = 8 if t > 64 and itemsize == 4 else 16
     units = 0
@@ -97,10 +104,11 @@ def attend(qkv_btsc, heads, norm, rope, norm_first, kv_mask, interpret):
         units = max(1, min(block * itemsize // 4, TILE_ROWS // rows))
         while block * itemsize // 4 % units:
             units -= 1
-    problem = Problem(heads, t, s, block, units, itemsize, norm_first, interpret)
+    problem = Problem(heads, t, s, block, units, itemsize, norm_first, pieces, interpret)
     shown = None if kv_mask is None else kv_mask.astype(jnp.float32)
-    out = _attend(qkv_btsc, norm, rope, shown, problem)
-    return out if kv_mask is None else jnp.where(kv_mask.any(-1)[:, None, None, None], out, 0)
+    out = _attend(qkv_btsc.reshape(pieces, -1, *qkv_btsc.shape[1:]), norm, rope, shown, problem)
+    out = out if kv_mask is None else jnp.where(kv_mask.any(-1)[:, None, None, None], out, 0)
+    return out.reshape(*qkv_btsc.shape[:3], c3 // 3)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -123,7 +131,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _call(qkv, norm, rope, shown, problem):
     heads = problem.heads
-    b, t, s, c3 = qkv.shape
+    b, s = qkv.shape[1], problem.positions
     q_code, k_code = codes(problem, shown)
     extras = tpu_channels.tables(heads, norm, rope, problem.norm_first)
     extras |= {"spread": tpu_channels.spreading(heads, qkv.dtype)}
@@ -132,16 +140,15 @@ def _call(qkv, norm, rope, shown, problem):
     specs = {key: whole(x) for key, x in extras.items()}
     if shown is not None:
         specs["k_code"] = pl.BlockSpec((1, *k_code.shape[1:]), lambda i, j: (i, 0, 0))
-    tile = lambda n: pl.BlockSpec((1, t, problem.block, n * heads.channels), lambda i, j: (i, 0, j, 0))
     word = jnp.float32 if problem.itemsize == 4 else jnp.int32
     run = functools.partial(kernel, problem=problem)
     normed = norm is not None
     return pl.pallas_call(
         lambda qkv_ref, refs, *rest: run(qkv_ref, refs | {"norm": normed}, *rest),
         grid=(b, -(-s // problem.block)),
-        in_specs=[tile(3), specs],
-        out_specs=tile(1),
-        out_shape=jax.ShapeDtypeStruct((b, t, s, heads.channels), qkv.dtype),
+        in_specs=[tile(problem, 3), specs],
+        out_specs=tile(problem, 1),
+        out_shape=jax.ShapeDtypeStruct((*qkv.shape[:4], heads.channels), qkv.dtype),
         scratch_shapes=[
             pltpu.VMEM((3 * heads.tiles, problem.padded * problem.words, LANES), word),
             pltpu.VMEM((2 * heads.tiles, max(problem.rows, CHUNK_ROWS), LANES), jnp.float32),
@@ -150,6 +157,12 @@ def _call(qkv, norm, rope, shown, problem):
         interpret=problem.interpret,
         name="stdit_temporal",
     )(qkv, extras)
+
+
+def tile(problem, n: int):
+    """Of one program: all frames of some positions, n * C lanes of [pieces, B, T / pieces, S, ..]."""
+    shape = (problem.pieces, 1, problem.piece, problem.block, n * problem.heads.channels)
+    return pl.BlockSpec(shape, lambda i, j: (0, i, 0, j, 0))
 
 
 def codes(problem, seen):
@@ -194,8 +207,10 @@ def pack(parts, interpret):
 
 
 def each_chunk(problem, body):
-    """body(first frame, count) over all frames; the last chunk may repeat frames of the one before."""
+    """body(first frame, count) over all frames, never across pieces; the last chunk may repeat frames of the one before."""
     count = min(problem.frames, max(1, CHUNK_ROWS // problem.block))
+    while problem.pieces > 1 and problem.piece % count:
+        count -= 1
     chunks = -(-problem.frames // count)
     if chunks == 1:
         body(0, count)
@@ -203,6 +218,14 @@ def each_chunk(problem, body):
         jax.lax.fori_loop(
             0, chunks, lambda i, _: (body(jnp.minimum(i * count, problem.frames - count), count), 0)[1], 0
         )
+
+
+def frames_at(problem, first, count):
+    """Where `count` frames from `first` lie in a block."""
+    if problem.pieces == 1:
+        return 0, 0, pl.ds(first, count)
+    piece = jax.lax.div(first, problem.piece)
+    return piece, 0, pl.ds(first - piece * problem.piece, count)
 
 
 def prepare(problem, qkv_ref, extras, words, turned):
@@ -218,7 +241,7 @@ def prepare(problem, qkv_ref, extras, words, turned):
 
         # As 32-bit words in fast memory first: bfloat16 blocks arrive in half-filled registers.
         for tile in range(3 * tiles):
-            x = qkv_ref[0, pl.ds(first, count), :, lanes(tile)]
+            x = qkv_ref[(*frames_at(problem, first, count), slice(None), lanes(tile))]
             words[tile, at] = words_of(x.reshape(count * problem.block, LANES))
 
         def times(x, name, which, tile):
@@ -359,10 +382,11 @@ def kernel(qkv_ref, extras, o_ref, words, gathered, *, problem):
     jax.lax.fori_loop(0, problem.tiles // beside, lambda i, _: (body(i * beside), 0)[1], 0)
 
     def finish(first, count):
-        at = pl.multiple_of(first * problem.words, problem.words)
+        rows = pl.ds(pl.multiple_of(first * problem.words, problem.words), count * problem.words)
         for tile in range(tiles):
-            x = values_of(words[tile, pl.ds(at, count * problem.words), :], dtype)
-            o_ref[0, pl.ds(first, count), :, lanes(tile)] = x.reshape(count, problem.block, LANES)
+            x = values_of(words[tile, rows, :], dtype)
+            at = (*frames_at(problem, first, count), slice(None), lanes(tile))
+            o_ref[at] = x.reshape(count, problem.block, LANES)
 
     each_chunk(problem, finish)
 

@@ -63,15 +63,15 @@ def gradients(qkv, norm, rope, shown, d_out, problem, vmem_limit):
 
 
 def _call(problem, qkv, extras, d_out, vmem_limit):
-    b, t, s, c3 = qkv.shape
-    channels, block = c3 // 3, problem.block
-    grid = (b, -(-s // block))
-    tile = lambda n: pl.BlockSpec((1, t, block, n * channels), lambda i, j: (i, 0, j, 0))
+    channels = problem.heads.channels
+    grid = (qkv.shape[1], -(-problem.positions // problem.block))
+    shape = (problem.pieces, 1, problem.piece, problem.block)
+    tile = lambda n: pl.BlockSpec((*shape, n * channels), lambda i, j: (0, i, 0, j, 0))
     whole = lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
     specs = {key: whole(x) for key, x in extras.items()}
     if extras["bias"].shape[0] > 1:
         specs["bias"] = pl.BlockSpec((1, *extras["bias"].shape[1:]), lambda i, j: (i, 0, 0))
-    out_specs, out_shape = [tile(3)], [jax.ShapeDtypeStruct((b, t, s, c3), qkv.dtype)]
+    out_specs, out_shape = [tile(3)], [jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)]
     if "norm" in extras:
         out_specs.append(pl.BlockSpec((1, 1, 2, 8, channels), lambda i, j: (i, j, 0, 0, 0)))
         out_shape.append(jax.ShapeDtypeStruct((*grid, 2, 8, channels), jnp.float32))
@@ -114,7 +114,7 @@ class _Block:
         for ref in self.inputs:
             count = ref.shape[-1] // LANES
             if tile < count:
-                x = ref[0, :, :, tile * LANES : (tile + 1) * LANES].reshape(-1, LANES)
+                x = ref[..., tile * LANES : (tile + 1) * LANES].reshape(-1, LANES)
                 return x if self.exists is None else jnp.where(self.exists, x, jnp.zeros((), x.dtype))
             tile -= count
         raise AssertionError(tile)
@@ -150,8 +150,7 @@ class _Block:
         problem = self.problem
         x = x.astype(self.dtype)
         if problem.units == 0:
-            shape = (problem.frames, problem.block, LANES)
-            self.output[0, :, :, tile * LANES : (tile + 1) * LANES] = x.reshape(shape)
+            self._put(tile, x)
             return
         words = x if problem.pack == 1 else pltpu.bitcast(x, jnp.int32)
         for unit in range(problem.units):
@@ -164,8 +163,10 @@ class _Block:
         for tile in range(self.words_out.shape[0] if problem.units else 0):
             x = self.words_out[tile, : problem.frames * problem.words, :]
             x = x if problem.pack == 1 else pltpu.bitcast(x, self.dtype)
-            shape = (problem.frames, problem.block, LANES)
-            self.output[0, :, :, tile * LANES : (tile + 1) * LANES] = x.reshape(shape)
+            self._put(tile, x)
+
+    def _put(self, tile, x):
+        self.output[..., tile * LANES : (tile + 1) * LANES] = x.reshape(*self.output.shape[:-1], LANES)
 
     def each(self, body):
         """body(index) for every tile of scores."""

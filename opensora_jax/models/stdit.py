@@ -21,7 +21,7 @@ from opensora_jax.nn.embeddings import CaptionEmbedder, PatchEmbed3D, TimestepEm
 from opensora_jax.nn.final_layer import T2IFinalLayer
 from opensora_jax.nn.linear import Linear, normal, zeros
 from opensora_jax.nn.mlp import MLP
-from opensora_jax.nn.modulate import by_frame, drop_path, gated, modulated_mlp, table_rows
+from opensora_jax.nn.modulate import by_frame, drop_path, kept, modulated_mlp, table_rows
 from opensora_jax.nn.positions import grid_sincos, sincos_1d
 from opensora_jax.nn.stack import run_stack, stack
 from opensora_jax.nn.taps import tap
@@ -91,20 +91,21 @@ class Block(nnx.Module):
         self.scale_shift_table = scale_shift_table(6, width, cfg.param_dtype, rngs)
 
     def __call__(self, x, sequence, text, modulation, unmasked, frame_positions, keep):
-        """x [B, T, S, C]; modulation [B, 1 or T, 6C] of this device's frames and of all, unmasked [B, 1, 6C] the same
-        as if no frame were a condition; frame_positions [T, 1, C]: zeros but in the first block; keep: drop-path
-        factors [3, B] or None."""
+        """x [B, T, S, C], as all arguments in the pieces of the sequence; modulation [B, 1 or T, 6C] of this device's
+        frames and of all, unmasked [B, 1, 6C] the same as if no frame were a condition; frame_positions [1 or B, T, 1,
+        C]: zeros but in the first block; keep: drop-path factors [3, B] or None."""
         keep = (None, None, None) if keep is None else keep
         table = self.scale_shift_table[...]
+        rows = {"pieces": sequence.pieces}
         shift, scale, gate = table_rows(table, modulation[0])[:3]
-        h = self.attn(x, mode="spatial", modulation=(shift, scale))
-        x = sequence.by_position(x + gated(h, gate, keep[0]))
+        onto = (x, kept(gate, keep[0]))
+        x = sequence.by_position(self.attn(x, mode="spatial", modulation=(shift, scale), onto=onto, **rows))
 
         # As released: no norm, no modulation, and the spatial gate of the sampled timestep, also on condition frames.
-        h = self.attn_temp(x, mode="temporal", modulation=(frame_positions[None], None))
-        x = x + gated(h, table_rows(table, unmasked)[2], keep[1])
+        onto = (x, kept(table_rows(table, unmasked)[2], keep[1]))
+        x = self.attn_temp(x, mode="temporal", modulation=(frame_positions, None), onto=onto, **rows)
 
-        x = x + self.cross_attn(x.reshape(x.shape[0], -1, x.shape[-1]), **text).reshape(x.shape)
+        x = self.cross_attn.onto(x, **text)
         shift, scale, gate = table_rows(table, modulation[1])[3:]
         return sequence.by_frame(constrain(modulated_mlp(x, self.mlp, shift, scale, gate, keep[2]), "batch"))
 
@@ -147,15 +148,20 @@ class STDiT(nnx.Module):
         unmasked = tap("t_block_out", self.t_block(jax.nn.silu(t_vec)))
         zero_vec = self.t_embedder(jnp.zeros_like(t)) if x_mask is not None else t_vec
         condition = self.t_block(jax.nn.silu(zero_vec))
-        modulation = [by_frame(unmasked, condition, mask) for mask in (x_mask, all_mask)]
+        modulation = [sequence.of_some(by_frame(unmasked, condition, x_mask))]
+        modulation.append(sequence.of_all(by_frame(unmasked, condition, all_mask)))
+        unmasked = sequence.of_some(unmasked[:, None])
         text = {"y": tap("y_emb", self.y_embedder(y.astype(cfg.dtype), drop_text)), "text_mask": text_mask}
 
-        positions = sincos_1d(np.arange(sequence.frames) / cfg.time_scale, dim).astype(cfg.dtype)[:, None]
+        positions = sincos_1d(np.arange(sequence.frames) / cfg.time_scale, dim).astype(cfg.dtype)[None, :, None]
+        if sequence.pieces > 1:
+            positions = sequence.of_all(jnp.broadcast_to(positions, (batch, *positions.shape[1:])))
         first = jnp.arange(cfg.depth) == 0
 
         def layer(h, entry):
             block, is_first, keep = entry
-            return tap("out", block(h, sequence, text, modulation, unmasked[:, None], positions * is_first, keep))
+            return tap("out", block(h, sequence, text, modulation, unmasked, positions * is_first, keep))
 
-        tokens = run_stack(layer, tokens, (self.blocks, first, keep), remat=cfg.remat)
-        return self.final_layer(tokens, t_vec, x_mask, zero_vec)
+        keep = sequence.of_layers(keep)
+        tokens = run_stack(layer, sequence.cut(tokens), (self.blocks, first, keep), remat=cfg.remat)
+        return self.final_layer(sequence.join(tokens), t_vec, x_mask, zero_vec)

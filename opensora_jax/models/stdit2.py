@@ -20,7 +20,7 @@ from opensora_jax.nn.embeddings import CaptionEmbedder, PatchEmbed3D, SizeEmbedd
 from opensora_jax.nn.final_layer import T2IFinalLayer
 from opensora_jax.nn.linear import Linear, normal, zeros
 from opensora_jax.nn.mlp import MLP
-from opensora_jax.nn.modulate import by_frame, drop_path, gated, modulated_mlp, table_rows
+from opensora_jax.nn.modulate import by_frame, drop_path, kept, modulated_mlp, table_rows
 from opensora_jax.nn.params import Fixed
 from opensora_jax.nn.positions import grid_sincos, resolution_scale, rope_frequencies, rope_table
 from opensora_jax.nn.stack import run_stack, stack
@@ -95,19 +95,20 @@ class Block(nnx.Module):
         self.scale_shift_table_temporal = scale_shift_table(3, width, cfg.param_dtype, rngs)
 
     def __call__(self, x, sequence, text, spatial, temporal, rope, keep):
-        """x [B, T, S, C]; spatial: modulations [B, 1 or T, 6C] of this device's frames and of all, temporal
+        """x [B, T, S, C], as all arguments in the pieces of the sequence; spatial: modulations [B, 1 or T, 6C] of this device's frames and of all, temporal
         [B, 1 or T, 3C] of all; keep: drop-path factors [3, B] or None."""
         keep = (None, None, None) if keep is None else keep
         table = self.scale_shift_table[...]
         shift, scale, gate = table_rows(table, spatial[0])[:3]
-        h = self.attn(x, mode="spatial", modulation=(shift, scale))
-        x = sequence.by_position(x + gated(h, gate, keep[0]))
+        rows = {"pieces": sequence.pieces}
+        onto = (x, kept(gate, keep[0]))
+        x = sequence.by_position(self.attn(x, mode="spatial", modulation=(shift, scale), onto=onto, **rows))
 
         shift, scale, gate = table_rows(self.scale_shift_table_temporal[...], temporal)
-        h = self.attn_temp(x, mode="temporal", rope=rope, modulation=(shift, scale))
-        x = x + gated(h, gate, keep[1])
+        onto = (x, kept(gate, keep[1]))
+        x = self.attn_temp(x, mode="temporal", rope=rope, modulation=(shift, scale), onto=onto, **rows)
 
-        x = x + self.cross_attn(x.reshape(x.shape[0], -1, x.shape[-1]), **text).reshape(x.shape)
+        x = self.cross_attn.onto(x, **text)
         shift, scale, gate = table_rows(table, spatial[1])[3:]
         return sequence.by_frame(constrain(modulated_mlp(x, self.mlp, shift, scale, gate, keep[2]), "batch"))
 
@@ -164,8 +165,10 @@ class STDiT2(nnx.Module):
         pace = self.fl_embedder(num_frames) + self.fps_embedder(fps)
         t_vec = tap("t_emb", self.t_embedder(t))
         zero_vec = self.t_embedder(jnp.zeros_like(t)) if x_mask is not None else t_vec
-        spatial = self._modulation("t_block", t_vec + size, zero_vec + size, x_mask, all_mask)
+        some, whole = self._modulation("t_block", t_vec + size, zero_vec + size, x_mask, all_mask)
+        spatial = sequence.of_some(some), sequence.of_all(whole)
         _, temporal = self._modulation("t_block_temp", t_vec + pace, zero_vec + pace, x_mask, all_mask)
+        temporal = sequence.of_all(temporal)
         text = {"y": tap("y_emb", self.y_embedder(y.astype(cfg.dtype), drop_text)), "text_mask": text_mask}
         rope = rope_table(jnp.arange(sequence.frames), self.rope_freqs[...])
 
@@ -173,7 +176,8 @@ class STDiT2(nnx.Module):
             block, keep = entry
             return tap("out", block(h, sequence, text, spatial, temporal, rope, keep))
 
-        tokens = run_stack(layer, tokens, (self.blocks, keep), remat=cfg.remat)
+        layers = (self.blocks, sequence.of_layers(keep))
+        tokens = sequence.join(run_stack(layer, sequence.cut(tokens), layers, remat=cfg.remat))
         # As released: generated frames see the bare timestep, condition frames timestep zero and the size.
         return self.final_layer(tokens, t_vec, x_mask, zero_vec + size)
 

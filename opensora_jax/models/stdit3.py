@@ -130,14 +130,14 @@ class STDiT3(nnx.Module):
         condition_vec = self.t_embedder(jnp.zeros_like(t)) + fps if x_mask is not None else t_vec
         generated = tap("t_block_out", self.t_block(jax.nn.silu(t_vec)))
         condition = self.t_block(jax.nn.silu(condition_vec))
-        modulation = {"spatial": by_frame(generated, condition, x_mask)}
-        modulation["temporal"] = by_frame(generated, condition, all_mask)
+        modulation = {"spatial": sequence.of_some(by_frame(generated, condition, x_mask))}
+        modulation["temporal"] = sequence.of_all(by_frame(generated, condition, all_mask))
         embedded = y.astype(cfg.dtype) if cfg.skip_y_embedder else self.y_embedder(y.astype(cfg.dtype), drop_text)
         text = {"y": tap("y_emb", embedded), "text_mask": text_mask}
 
         rope = rope_table(jnp.arange(sequence.frames), self.rope_freqs[...])
-        spatially = lambda attn, h: attn(h, mode="spatial")
-        temporally = lambda attn, h: attn(h, mode="temporal", rope=rope)
+        spatially = lambda attn, h: attn(h, mode="spatial", pieces=sequence.pieces)
+        temporally = lambda attn, h: attn(h, mode="temporal", rope=rope, pieces=sequence.pieces)
 
         def pair(h, layers):
             spatial, temporal, keep = layers
@@ -147,5 +147,6 @@ class STDiT3(nnx.Module):
             h = temporal(h, temporally, text, modulation["temporal"], mode="temporal", keep=keep[1])
             return tap("temporal_out", sequence.by_frame(h))
 
-        tokens = run_stack(pair, tokens, (self.spatial_blocks, self.temporal_blocks, keep), remat=cfg.remat)
+        layers = (self.spatial_blocks, self.temporal_blocks, sequence.of_layers(keep))
+        tokens = sequence.join(run_stack(pair, sequence.cut(tokens), layers, remat=cfg.remat))
         return self.final_layer(tokens, t_vec, x_mask, condition_vec)

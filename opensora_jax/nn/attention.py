@@ -44,10 +44,13 @@ class SelfAttention(nnx.Module):
         self.q_norm = RMSNorm(features // heads, param_dtype=param_dtype) if qk_norm else None
         self.k_norm = RMSNorm(features // heads, param_dtype=param_dtype) if qk_norm else None
 
-    def __call__(self, x_btsc, *, mode: str, rope=None, kv_mask=None, visible=None, modulation=None):
+    def __call__(
+        self, x_btsc, *, mode: str, rope=None, kv_mask=None, visible=None, modulation=None, onto=None, pieces=1
+    ):
         """visible: [S] numpy bool, tokens that are no padding (mode "full"). modulation: (shift, scale), each [B, 1 or T,
         1, C], where x is the bare stream: it is normalised (no weights, eps 1e-6) and modulated first. Without a scale
-        it is only shifted."""
+        it is only shifted. onto: (x, gate), for x + gate · result. pieces: of the rows that are attended over,
+        x_btsc being [pieces * B, ...] (parallel/pieces.py)."""
         if mode == "full" and shares() > 1:
             out = full_attention(*self.project(x_btsc[:, 0]), visible=visible).reshape(x_btsc.shape)
         else:
@@ -60,8 +63,10 @@ class SelfAttention(nnx.Module):
                 rope=rope,
                 norm_before_rope=self.norm_before_rope,
                 kv_mask=kv_mask,
+                pieces=pieces,
             )
-        return self.proj(checkpoint_name(out, "attention_out"))
+        out = checkpoint_name(out, "attention_out")
+        return self.proj(out) if onto is None else project_onto(*onto, self.proj, out)
 
     def _modulated_qkv(self, x_btsc, shift, scale):
         kernel = self.qkv.kernel[...]
@@ -76,7 +81,8 @@ class SelfAttention(nnx.Module):
 
 class CrossAttention(nnx.Module):
     """Queries from video [B, N, C], keys and values from text [B, L, C]; text_mask [B, L], 1 = keep.
-    segments: ids of video [B, N] and text [B, L] tokens, where some frames may see one part of the text only."""
+    segments: ids of video [B, N] and text [B, L] tokens, where some frames may see one part of the text only. Video may
+    come in pieces [pieces * B, N, C] (parallel/pieces.py)."""
 
     def __init__(self, features, heads, *, init_out=None, dtype, param_dtype, rngs):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -86,8 +92,22 @@ class CrossAttention(nnx.Module):
         self.proj = Linear(features, features, ("heads", "embed"), init=init_out or xavier, **kwargs)
 
     def __call__(self, x, y, text_mask=None, segments=None):
+        return self.proj(self._attend(self.q_linear(x), y, text_mask, segments))
+
+    def onto(self, x_btsc, y, text_mask=None, segments=None):
+        """x + result."""
+        q = modulated.linear(x_btsc, None, None, self.q_linear.kernel[...], self.q_linear.bias[...])
+        out = self._attend(q.reshape(x_btsc.shape[0], -1, q.shape[-1]), y, text_mask, segments)
+        return project_onto(x_btsc, None, self.proj, out.reshape(x_btsc.shape))
+
+    def _attend(self, q, y, text_mask, segments):
         split = lambda a: a.reshape(*a.shape[:-1], self.heads, -1)
-        q = split(self.q_linear(x))
         k, v = (split(part) for part in jnp.split(self.kv_linear(y), 2, axis=-1))
-        out = attention(q, k, v, kv_mask=None if text_mask is None else text_mask.astype(bool), segment_ids=segments)
-        return self.proj(checkpoint_name(out.reshape(x.shape), "attention_out"))
+        mask = None if text_mask is None else text_mask.astype(bool)
+        out = attention(split(q), k, v, kv_mask=mask, segment_ids=segments)
+        return checkpoint_name(out.reshape(q.shape), "attention_out")
+
+
+def project_onto(x, gate, linear, out):
+    """x + gate · linear(out); the gate may be None."""
+    return modulated.project(x, out, gate, linear.kernel[...], linear.bias[...])

@@ -41,7 +41,7 @@ class TextBlock(nnx.Module):
         h = constrain(modulate(self.norm1(x), shift_msa, scale_msa), *LAYOUT[mode])
         h = constrain(attend(self.attn, h), *STREAM)
         x = x + gated(h, gate_msa, keep[0])
-        x = x + self.cross_attn(x.reshape(x.shape[0], -1, x.shape[-1]), **text).reshape(x.shape)
+        x = self.cross_attn.onto(x, **text)
         return constrain(modulated_mlp(x, self.mlp, shift_mlp, scale_mlp, gate_mlp, keep[1]), *STREAM)
 
 

@@ -3,12 +3,14 @@
 Left to sharding propagation, the change between frames cut and positions cut moves many times the bytes it needs
 (docs/sharding.md). So the network runs inside one `shard_map`: each device holds some frames, a layer changes to some
 positions and back with one all-to-all each, weights are gathered layer by layer in the compute dtype, and their
-gradients return as reduce-scatters. Lengths that do not divide are padded; attention never sees the padding, because
+gradients return as reduce-scatters. Between the exchanges the stream stays in their pieces (parallel/pieces.py), so that
+they copy nothing. Lengths that do not divide are padded and lie in one piece; attention never sees the padding, because
 both exchanges cut it off.
 
     sequence = Sequence.of(x, cfg.patch_size)
     tokens = sequence.run(Net.share, self, (x, x_mask), given)     # calls share(net, sequence, x, x_mask, **given)
-    h = sequence.by_position(h)                                    # inside share; the identity without a context axis
+    h = sequence.cut(tokens)                                       # inside share; the identity without a context axis,
+    h = sequence.by_position(h)                                    # as the exchanges are
 """
 
 import math
@@ -22,7 +24,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from opensora_jax.nn.embeddings import pad_to_patch, patch_3d
-from opensora_jax.parallel import shard
+from opensora_jax.parallel import pieces, shard
 
 TENSOR_AXES = ("heads", "mlp", "vocab")  # cuts within a layer, which stay with the compiler
 
@@ -48,10 +50,38 @@ class Sequence:
         ways = math.prod(where.sizes[axis] for axis in axes) if axes else 1
         return cls(*grid, patch, axes, ways)
 
+    @property
+    def pieces(self) -> int:
+        """Into how many the stream is cut: 1 where lengths do not divide, or nothing is shared out."""
+        divides = self.frames % self.ways == 0 and self.rows * self.columns % self.ways == 0
+        return self.ways if divides else 1
+
+    def cut(self, x):
+        """Some frames, all positions [B, T, S, C] → [pieces * B, T, S / pieces, C]."""
+        return pieces.cut(x, self.pieces, 2)
+
+    def join(self, x):
+        """The reverse of `cut`."""
+        return pieces.join(x, self.pieces, 2)
+
+    def of_some(self, a):
+        """What a sample [B, 1, ...] or each frame [B, T, ...] has, for the stream cut over frames [pieces * B, T, ...]."""
+        return a if self.pieces == 1 else jnp.tile(a, (self.pieces, *[1] * (a.ndim - 1)))
+
+    def of_all(self, a):
+        """The same for the stream cut over positions, where a piece holds some of all frames."""
+        return self.of_some(a) if a.shape[1] == 1 else pieces.cut(a, self.pieces, 1)
+
+    def of_layers(self, keep):
+        """Drop-path factors [depth, branches, B], or None."""
+        return keep if keep is None or self.pieces == 1 else jnp.tile(keep, (1, 1, self.pieces))
+
     def by_position(self, x):
-        """Some frames, all positions → all frames, some positions."""
+        """Some frames, all positions → all frames, some positions; pieces of positions → pieces of frames."""
         if self.ways == 1:
             return x
+        if self.pieces > 1:
+            return self._exchanged(x)
         x = _padded(x, 2, self.ways)
         x = jax.lax.all_to_all(x, self.axes, split_axis=2, concat_axis=1, tiled=True)
         return checkpoint_name(x[:, : self.frames], "switched")
@@ -60,9 +90,15 @@ class Sequence:
         """The way back."""
         if self.ways == 1:
             return x
+        if self.pieces > 1:
+            return self._exchanged(x)
         x = _padded(x, 1, self.ways)
         x = jax.lax.all_to_all(x, self.axes, split_axis=1, concat_axis=2, tiled=True)
         return checkpoint_name(x[:, :, : self.rows * self.columns], "switched")
+
+    def _exchanged(self, x):
+        x = jax.lax.all_to_all(x, self.axes, split_axis=0, concat_axis=0, tiled=True)
+        return checkpoint_name(x, "switched")
 
     def run(self, share: Callable, module: nnx.Module, framed: tuple, given: dict, names: dict | None = None):
         """share(module, self, *framed, **given), on every device for its samples and frames → [B, frames, S, ...],

@@ -35,10 +35,14 @@ def gated(h, gate, keep=None):
     return h if keep is None else h * keep[:, None, None, None].astype(h.dtype)
 
 
+def kept(gate, keep):
+    """A gate [B, T, 1, C] that drops paths: keep [B], or None."""
+    return gate if keep is None else gate * keep[:, None, None, None]
+
+
 def modulated_mlp(x, mlp, shift, scale, gate, keep=None, *, eps: float = 1e-6):
     """x + gate · mlp(norm(x) modulated), for an MLP with GELU in its tanh form and a norm without weights."""
-    if keep is not None:
-        gate = gate * keep[:, None, None, None]
+    gate = kept(gate, keep)
     first, second = ((layer.kernel[...], layer.bias[...]) for layer in (mlp.fc1, mlp.fc2))
     return modulated.mlp(x, shift, scale, gate, first, second, eps=eps)
 

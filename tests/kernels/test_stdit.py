@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opensora_jax.kernels.stdit import stdit_attention
+from opensora_jax.kernels.stdit import ROW, stdit_attention
+from opensora_jax.parallel import pieces
 from tests.kernels.reference import stdit64
 
 B, T, S, HEADS, DIM = 2, 5, 6, 2, 8
@@ -37,6 +38,16 @@ def test_reference_matches_float64(mode, parts, norm_before_rope):
     out = stdit_attention(given["qkv"], implementation="xla", **options)
     assert out.shape == (B, T, S, HEADS * DIM)
     np.testing.assert_allclose(out, stdit64(given["qkv"], **options), rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("mode, many", [("spatial", 3), ("temporal", 5)])
+def test_rows_in_pieces_give_the_same(mode, many):
+    given = inputs(mode)
+    options = {"num_heads": HEADS, "mode": mode, **given["rope"], **given["mask"]}
+    axis = ROW[mode]
+    out = stdit_attention(pieces.cut(given["qkv"], many, axis), pieces=many, **options)
+    assert out.shape[0] == many * B
+    np.testing.assert_array_equal(pieces.join(out, many, axis), stdit_attention(given["qkv"], **options))
 
 
 def test_wrong_arguments_are_refused_in_words():

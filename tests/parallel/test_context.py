@@ -15,7 +15,7 @@ from opensora_jax.kernels.stdit import stdit_attention
 from opensora_jax.models import stdit
 from opensora_jax.nn.modulate import gated, modulated_mlp, table_rows
 from opensora_jax.nn.params import Buffer, Network
-from opensora_jax.parallel import shard
+from opensora_jax.parallel import pieces, shard
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.plan import hlo
 
@@ -160,6 +160,8 @@ class UlyssesBlock(stdit.Block):
 
     def __call__(self, x, sequence, text, modulation, unmasked, frame_positions, keep):
         ways, heads = sequence.ways, self.attn_temp.heads
+        x, frame_positions = sequence.join(x), pieces.join(frame_positions, ways, 1)[0]
+        modulation, unmasked, keep = [modulation[0][: len(x)]], unmasked[: len(x)], keep[:, : len(x)]
         shift_msa, scale_msa, gate_msa, shift, scale, gate = table_rows(self.scale_shift_table[...], modulation[0])
         h = self.attn(x, mode="spatial", modulation=(shift_msa, scale_msa))
         x = x + gated(h, gate_msa, keep[0])
@@ -171,7 +173,7 @@ class UlyssesBlock(stdit.Block):
         h = jax.lax.all_to_all(h, "context", split_axis=1, concat_axis=3, tiled=True)
         x = x + gated(self.attn_temp.proj(h), table_rows(self.scale_shift_table[...], unmasked)[2], keep[1])
         x = x + self.cross_attn(x.reshape(x.shape[0], -1, x.shape[-1]), **text).reshape(x.shape)
-        return modulated_mlp(x, self.mlp, shift, scale, gate, keep[2])
+        return sequence.cut(modulated_mlp(x, self.mlp, shift, scale, gate, keep[2]))
 
 
 def test_forward_switches_twice_and_moves_half_of_ulysses(monkeypatch):
