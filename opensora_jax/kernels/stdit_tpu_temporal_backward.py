@@ -25,6 +25,7 @@ from opensora_jax.kernels.tpu_lanes import (
 )
 
 BLIND = -1e30
+TOGETHER = 2  # heads whose stages interleave (v6e, T=30: 9% fewer bundles than one; four in tiles of 128 rows gain 2%)
 
 
 def tile_rows() -> int:
@@ -207,31 +208,49 @@ def kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
 
     def body(index):
         tiles = [[None] * heads.tiles for _ in range(3)]
-        for head in range(heads.count):
-            own = heads.own(head, rows)
-            q_raw, q_prepare = _prepared(block, extras, head, 0, index)
-            k_raw, k_prepare = _prepared(block, extras, head, 1, index)
-            q = (q_prepare.forward(q_raw) * _scale(problem)).astype(dtype)
-            k = k_prepare.forward(k_raw).astype(dtype)
+
+        def start(head):
+            """Logits and gradients of the weights, with the operands that they were made of."""
+            prepared = [_prepared(block, extras, head, which, index) for which in (0, 1)]
+            q, k = (prepare.forward(raw) for raw, prepare in prepared)
+            q, k = (q * _scale(problem)).astype(dtype), k.astype(dtype)
             v = heads.gather(block.read(2, index), head)
-            do = jnp.where(own, heads.gather(block.read(3, index), head), jnp.zeros((), dtype))
-            scores = dot(q, k, ROWS_BY_ROWS) + extras["bias"][0]
+            do = jnp.where(heads.own(head, rows), heads.gather(block.read(3, index), head), jnp.zeros((), dtype))
+            return dot(q, k, ROWS_BY_ROWS) + extras["bias"][0], dot(do, v, ROWS_BY_ROWS), q, k, do
+
+        def soften(scores, d_weights, *operands):
+            """Weights and gradients of the logits."""
             peak = scores.max(-1, keepdims=True)
             weights = jnp.exp2(scores - peak)
             seen = jnp.where(peak > BLIND / 2, 1.0 / weights.sum(-1, keepdims=True), 0.0)
             weights = weights * seen
-            d_weights = dot(do, v, ROWS_BY_ROWS)
-            slope = (weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True))).astype(dtype)
-            heads.scatter(tiles[2], head, dot(weights.astype(dtype), do, COLUMNS_BY_COLUMNS))
+            slope = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True))
+            return weights.astype(dtype), slope.astype(dtype), *operands
+
+        def finish(head, weights, slope, q, k, do):
+            own = heads.own(head, rows)
             d_prepared = (
                 dot(slope, k) * heads.dim**-0.5,
                 dot(slope, q, COLUMNS_BY_COLUMNS) * (1 / LOG2E),
             )
-            for which, (raw, prepare, d) in enumerate(zip((q_raw, k_raw), (q_prepare, k_prepare), d_prepared)):
+            heads.scatter(tiles[2], head, dot(weights, do, COLUMNS_BY_COLUMNS))
+            for which, d in enumerate(d_prepared):
+                raw, prepare = _prepared(block, extras, head, which, index)
                 d, d_weight = prepare.backward(raw, jnp.where(own, d, 0.0))
                 heads.scatter(tiles[which], head, d)
                 if d_weight is not None:
                     _add(d_norm_ref, heads, head, which, d_weight)
+
+        groups = [range(first, min(first + TOGETHER, heads.count)) for first in range(0, heads.count, TOGETHER)]
+        started, softened = {}, {}
+        # One group's products run beside the softmax of the group before and the gradients of the one before that.
+        for starting, between, ending in zip([*groups, [], []], [[], *groups, []], [[], [], *groups]):
+            for head in starting:
+                started[head] = start(head)
+            for head in between:
+                softened[head] = soften(*started.pop(head))
+            for head in ending:
+                finish(head, *softened.pop(head))
         for which in range(3):
             for tile, x in enumerate(tiles[which]):
                 block.write(which * heads.tiles + tile, index, x)

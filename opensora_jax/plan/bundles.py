@@ -85,8 +85,9 @@ def read_schedule(bundles: str, utilization: str = "") -> Schedule:
 
 
 def of_kernel(folder: Path, name: str) -> Schedule:
-    """The schedule of an instruction, or of the first kernel of this name, from a folder of dumps."""
-    found = _of_kernels(folder, rf"{re.escape(name)}(\.\d+)?")
+    """The schedule of an instruction, or of the first kernel of this name, from a folder of dumps. Under differentiation
+    a kernel's instruction is called transpose_jvp_<name>__."""
+    found = _of_kernels(folder, rf"(\w+_)?{re.escape(name)}_*(\.\d+)?")
     if not found:
         raise FileNotFoundError(f"{folder}: no schedule of {name}")
     return found[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.tpu_schedule import REPRESENTATIVE, relayouts, steps_per_row
-from opensora_jax.plan.bundles import Schedule, read_schedule
+from opensora_jax.plan.bundles import Schedule, of_kernel, read_schedule
 from tests.kernels.cases import BY_NAME
 
 TEXT = """\
@@ -33,6 +33,14 @@ def test_bundles_and_trips_are_counted():
     assert schedule.spills_of_slots == 8 / (2 * 27) and schedule.spills_of_stores == 8 / (1 + 16)
     assert schedule.cycles() == 64 * 27
     assert Schedule(4, 1000, 600, 0.0, 0.0).cycles(2) == 4 * 700
+
+
+@pytest.mark.parametrize("name", ["stdit_spatial.3", "transpose_jvp_stdit_spatial__.1"])
+def test_a_kernel_is_found_by_its_name(tmp_path, name):
+    for other, steps in ((name, 66), ("stdit_spatial_backward.1", 10)):
+        (tmp_path / f"17-{other}-72-final_bundles.txt").write_text(TEXT.replace(" 66 ", f" {steps} "))
+        (tmp_path / f"17-{other}-72-final_hlo-static-per-bundle-utilization.txt").write_text(USED)
+    assert of_kernel(tmp_path, "stdit_spatial").steps == 64
 
 
 def test_blocks_of_a_row_follow_the_kernel():
