@@ -122,14 +122,14 @@ def test_the_formula_agrees_with_the_tpu_compiler():
     cfg = config.build(RunConfig, config.load("configs/v1_0/stdit.py", ["--config.mesh.fsdp=1"]), "config")
     plan = formula.Traced.of(target.traced(cfg, GPUS, "train")).plan(cfg, GPUS)
     moved = {c.kind: c.moved for c in plan.collectives}
-    assert plan.hardware_flops / 8 == pytest.approx(55.47e12, rel=1e-3)
+    assert plan.hardware_flops / 8 == pytest.approx(55.61e12, rel=1e-3)
     assert moved["all-to-all"] == pytest.approx(2312.1e6, rel=1e-3)
     assert moved["all-gather"] == pytest.approx(2629.4e6, rel=0.1)
     assert moved["reduce-scatter"] == pytest.approx(
-        1197.9e6 + 260.3e6 / 2, rel=0.1
+        1197.9e6 + 265.6e6 / 2, rel=0.1
     )  # an all-reduce moves twice as much
     assert plan.memory.arguments == pytest.approx(1.543e9, rel=0.02)
-    assert 3.23e9 < plan.memory.peak < 1.35 * 3.23e9  # never promises what does not fit
+    assert 3.20e9 < plan.memory.peak < 1.35 * 3.20e9  # never promises what does not fit
 
 
 def test_the_most_that_lives_at_once():
