@@ -242,15 +242,11 @@ def overview(facts: dict[str, dict]) -> list[list[str]]:
 
 def shown(value) -> str:
     """Three digits are enough to choose a threshold, and no number is shown as a power of ten; report.json has all."""
-    if isinstance(value, float):
-        return (
-            f"{value:,.0f}"
-            if abs(value) >= 100
-            else f"{value:.3g}"
-            if abs(value) >= 1e-4 or not value
-            else f"{value:.1e}"
-        )
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) >= 1e-4 or not value else f"{value:.1e}"
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from data_pipelines import files, parts, runner_local, tables
 from data_pipelines.stage import Stage, TableStage
 from opensora_jax.common.errors import UserError
+from opensora_jax.common.progress import duration
 
 FEW = 10  # errors that never stop a run: a share of a handful says nothing
 
@@ -65,7 +66,7 @@ def run(steps: Sequence[Step], table: pa.Table, options: Options) -> pa.Table:
         table, note = perform(placed(step, output), number, table, folder, options)
         report.append({"step": step.label, "rows_in": before, "rows_out": table.num_rows, **note})
         if not options.quiet:
-            took = length(time.monotonic() - began)
+            took = duration(time.monotonic() - began)
             print(f"{step.label}: {before:,} → {table.num_rows:,} rows, {took}", file=sys.stderr)
     table = tables.ordered(table)
     tables.write_parquet(table, files.join(output, "table.parquet"))
@@ -156,12 +157,8 @@ def watch(label: str, finished, total: int, options: Options) -> None:
         now = time.monotonic()
         if now - said > 5 and not options.quiet:
             left = (total - rows) * (now - began) / max(rows, 1)
-            print(f"{label}: {rows:,}/{total:,} rows, {wrong:,} errors, {length(left)} left", file=sys.stderr)
+            print(f"{label}: {rows:,}/{total:,} rows, {wrong:,} errors, {duration(left)} left", file=sys.stderr)
             said = now
-
-
-def length(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def budget(label: str, wrong: int, rows: int, example: str, options: Options) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from opensora_jax import config
 from opensora_jax.common.contact_sheet import contact_sheet, save_png
 from opensora_jax.common.errors import UserError, guarded
+from opensora_jax.common.progress import duration
 
 SAMPLES = 8
 
@@ -87,7 +88,7 @@ def summary(source) -> str:
         seconds = float((known[moving, 0] / fps[moving]).sum())
         low, quarter, half, most, high = np.percentile(known[:, 0], (0, 25, 50, 75, 100)).astype(int)
         lines.append(
-            f"{int((known[:, 0] == 1).sum())} images, {int((known[:, 0] > 1).sum())} videos, {length(seconds)}"
+            f"{int((known[:, 0] == 1).sum())} images, {int((known[:, 0] > 1).sum())} videos, {duration(seconds)}"
         )
         lines.append(f"frames: {low} to {high}, half of the clips {quarter} to {most}, median {half}")
         lines.append(
@@ -96,13 +97,6 @@ def summary(source) -> str:
         sizes = Counter(map(tuple, known[:, 1:].tolist())).most_common(8)
         lines.append("sizes: " + ", ".join(f"{height}x{width} x {count}" for (height, width), count in sizes))
     return "\n".join(lines)
-
-
-def length(seconds: float) -> str:
-    for unit, name in ((3600, "hours"), (60, "minutes")):
-        if seconds >= unit:
-            return f"{seconds / unit:,.1f} {name}"
-    return f"{seconds:.1f} seconds"
 
 
 def histogram(path: Path, source, plan) -> str:

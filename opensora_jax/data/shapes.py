@@ -174,7 +174,6 @@ def write_shapes(
         for index in range(writer.records_done, count):
             record = make_record(index, seed=seed, choices=choices, num_frames=num_frames, size=size)
             frames = record.pop("frames")
-            # Chroma at half size would smear the colours of shapes this small.
             writer.write(record | {"video": encode_video(frames, record["fps"], crf=8)})
     return write_manifest(folder, source="shapes", split=split, seed=seed, colours=list(colours))
 

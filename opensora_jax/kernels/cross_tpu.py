@@ -48,7 +48,7 @@ def attend(q, k, v, kv_lengths, kv_mask, heads: Heads, scale, interpret):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q, k, v, extras, problem):
-    return forward_call(q[None], k[None], v[None], (0, 0, 0), extras, problem)[0]
+    return forward_call("cross_attention", q[None], k[None], v[None], (0, 0, 0), extras, problem)[0]
 
 
 def _attend_forward(q, k, v, extras, problem):

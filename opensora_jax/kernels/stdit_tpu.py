@@ -145,11 +145,11 @@ def even_blocks(size: int, most: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _attend(qkv, extras, problem):
-    return forward_call(qkv, qkv, qkv, (0, 1, 2), extras, problem)
+    return forward_call("stdit_spatial", qkv, qkv, qkv, (0, 1, 2), extras, problem)
 
 
 def _attend_forward(qkv, extras, problem):
-    return forward_call(qkv, qkv, qkv, (0, 1, 2), extras, problem), (qkv, extras)
+    return forward_call("stdit_spatial", qkv, qkv, qkv, (0, 1, 2), extras, problem), (qkv, extras)
 
 
 def _attend_backward(problem, residuals, d_out):
@@ -281,7 +281,7 @@ def _queries(q_ref, problem, extras, head):
     return at_lane(q, spare, 1.0).astype(dtype)
 
 
-def forward_call(q, k, v, lanes, extras, problem):
+def forward_call(name, q, k, v, lanes, extras, problem):
     """Queries [pieces, rows, T, ..] over keys and values [pieces, rows, S, ..], each at its block of C lanes (`lanes`).
     Rows of keys may be fewer: they serve over and over again."""
     rows, queries = q.shape[1], problem.pieces * q.shape[2]
@@ -308,7 +308,7 @@ def forward_call(q, k, v, lanes, extras, problem):
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         interpret=problem.interpret,
-        name="stdit_spatial",
+        name=name,
     )(q, k, v, extras)
 
 

@@ -1,4 +1,4 @@
-"""What runs ask XLA's compilers for, so that collectives run beside computation; plans compile with the same flags.
+"""What runs ask of XLA, so that collectives run beside computation and never lock a CPU up; plans compile with the same flags.
 
 Imports no jax: the compilers read these variables when they are loaded.
 """

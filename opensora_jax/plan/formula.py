@@ -67,9 +67,7 @@ class Traced:
         flops = larger * self.work.flops
         remat = str(cfg.model.get("remat", "none"))
         found = exchanges(program, replace(shape, stream=larger * shape.stream), micro, remat)
-        if (
-            topology.chip.is_tpu
-        ):  # compiled programs wait for them: libtpu 0.0.51 starts none on v5p and v6e ahead of use
+        if topology.chip.is_tpu:  # libtpu 0.0.51 starts no exchange on v5p and v6e ahead of its use
             found = tuple(replace(collective, asynchronous=False) for collective in found)
         links = Links.of(topology, layout.sizes, layout.mesh.devices if topology.chip.is_tpu else None)
         return replace(

@@ -125,9 +125,8 @@ def test_the_formula_agrees_with_the_tpu_compiler():
     assert plan.hardware_flops / 8 == pytest.approx(55.61e12, rel=1e-3)
     assert moved["all-to-all"] == pytest.approx(2312.1e6, rel=1e-3)
     assert moved["all-gather"] == pytest.approx(2629.4e6, rel=0.1)
-    assert moved["reduce-scatter"] == pytest.approx(
-        1197.9e6 + 265.6e6 / 2, rel=0.1
-    )  # an all-reduce moves twice as much
+    summed = 1197.9e6 + 265.6e6 / 2  # the compiler's all-reduces move twice as much as a reduce-scatter
+    assert moved["reduce-scatter"] == pytest.approx(summed, rel=0.1)
     assert plan.memory.arguments == pytest.approx(1.543e9, rel=0.02)
     assert 3.20e9 < plan.memory.peak < 1.35 * 3.20e9  # never promises what does not fit
 
