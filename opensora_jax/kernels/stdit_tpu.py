@@ -1,10 +1,11 @@
 """Fused STDiT attention on TPUs (Pallas, Mosaic), spatial mode: rows of S tokens, forward and backward.
 
 The kernels read the projected activations [rows, S, 3C] where they lie and write [rows, S, C]: no transpose, pad or
-copy around them (tpu_lanes.py says how heads are split), also where a row lies in pieces. Forward: grid (row, block of queries); keys and values of a
-row are prepared once into fast memory, then each block of queries sees all keys in a single-pass softmax. Backward:
-grid (row); per head and block of queries the transposed scores are recomputed, so that the sums over keys run along
-sublanes and only dq needs a transposed operand. S needs no alignment: rows beyond it are hidden keys.
+copy around them (tpu_lanes.py says how heads are split), also where a row lies in pieces. Forward: grid (row, block of
+queries); keys and values of a row are prepared once into fast memory, then each block of queries sees all keys in a
+single-pass softmax. Backward: grid (row); per head and block of queries the transposed scores are recomputed, so that
+the sums over keys run along sublanes and only dq needs a transposed operand. S needs no alignment: rows beyond it are
+hidden keys.
 Temporal mode is in stdit_tpu_temporal.py.
 """
 
@@ -396,8 +397,8 @@ def _fold(x):
 
 
 def _merge(ref, heads, head, which, at, x):
-    """Writes the head's lanes of x into its tiles of q (0), k (1) or v (2), to the rows `at`. Heads come in order: what lies beyond the
-    head in its last tile is written later, what lies before it in its first tile is kept."""
+    """Writes the head's lanes of x into its tiles of q (0), k (1) or v (2), to the rows `at`. Heads come in order: what lies
+    beyond the head in its last tile is written later, what lies before it in its first tile is kept."""
     tile, first, spans = heads.place(head)
     for step in range(1 + spans):
         lanes = slice((which * heads.tiles + tile + step) * LANES, (which * heads.tiles + tile + step + 1) * LANES)

@@ -49,6 +49,11 @@ class Problem(NamedTuple):
         """Frames of one piece."""
         return self.frames // self.pieces
 
+    def of_program(self, n: int) -> pl.BlockSpec:
+        """All frames of some positions, n * C lanes of [pieces, B, T / pieces, S, ..]."""
+        shape = (self.pieces, 1, self.piece, self.block, n * self.heads.channels)
+        return pl.BlockSpec(shape, lambda i, j: (0, i, 0, j, 0))
+
     @property
     def padded(self) -> int:
         """Frames in fast memory: whole sublanes."""
@@ -146,8 +151,8 @@ def _call(qkv, norm, rope, shown, problem):
     return pl.pallas_call(
         lambda qkv_ref, refs, *rest: run(qkv_ref, refs | {"norm": normed}, *rest),
         grid=(b, -(-s // problem.block)),
-        in_specs=[tile(problem, 3), specs],
-        out_specs=tile(problem, 1),
+        in_specs=[problem.of_program(3), specs],
+        out_specs=problem.of_program(1),
         out_shape=jax.ShapeDtypeStruct((*qkv.shape[:4], heads.channels), qkv.dtype),
         scratch_shapes=[
             pltpu.VMEM((3 * heads.tiles, problem.padded * problem.words, LANES), word),
@@ -157,12 +162,6 @@ def _call(qkv, norm, rope, shown, problem):
         interpret=problem.interpret,
         name="stdit_temporal",
     )(qkv, extras)
-
-
-def tile(problem, n: int):
-    """Of one program: all frames of some positions, n * C lanes of [pieces, B, T / pieces, S, ..]."""
-    shape = (problem.pieces, 1, problem.piece, problem.block, n * problem.heads.channels)
-    return pl.BlockSpec(shape, lambda i, j: (0, i, 0, j, 0))
 
 
 def codes(problem, seen):

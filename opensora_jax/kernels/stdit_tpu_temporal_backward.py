@@ -66,13 +66,11 @@ def gradients(qkv, norm, rope, shown, d_out, problem, vmem_limit):
 def _call(problem, qkv, extras, d_out, vmem_limit):
     channels = problem.heads.channels
     grid = (qkv.shape[1], -(-problem.positions // problem.block))
-    shape = (problem.pieces, 1, problem.piece, problem.block)
-    tile = lambda n: pl.BlockSpec((*shape, n * channels), lambda i, j: (0, i, 0, j, 0))
     whole = lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
     specs = {key: whole(x) for key, x in extras.items()}
     if extras["bias"].shape[0] > 1:
         specs["bias"] = pl.BlockSpec((1, *extras["bias"].shape[1:]), lambda i, j: (i, 0, 0))
-    out_specs, out_shape = [tile(3)], [jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)]
+    out_specs, out_shape = [problem.of_program(3)], [jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)]
     if "norm" in extras:
         out_specs.append(pl.BlockSpec((1, 1, 2, 8, channels), lambda i, j: (i, j, 0, 0, 0)))
         out_shape.append(jax.ShapeDtypeStruct((*grid, 2, 8, channels), jnp.float32))
@@ -84,7 +82,7 @@ def _call(problem, qkv, extras, d_out, vmem_limit):
     return pl.pallas_call(
         functools.partial(kernel, problem=problem),
         grid=grid,
-        in_specs=[tile(3), tile(1), specs],
+        in_specs=[problem.of_program(3), problem.of_program(1), specs],
         out_specs=out_specs,
         out_shape=out_shape,
         scratch_shapes=scratch,
