@@ -184,7 +184,11 @@ def _gathered(leaf):
         value = value.astype(share.dtype)
     for dimension, axes in enumerate(share.axes[len(share.axes) - value.ndim :]):  # a layer has lost its leading axis
         if axes:
-            value = jax.lax.all_gather(value, axes, axis=dimension, tiled=True)
+            shape = list(value.shape)
+            shape[dimension] *= jax.lax.axis_size(axes)
+            # Shares stacked, not joined: where they are no whole registers, a reduce-scatter of joined rows is compiled to an
+            # all-reduce, which waits (libtpu 0.0.51).
+            value = jax.lax.all_gather(value, axes, axis=dimension).reshape(shape)
     return leaf.replace(value)
 
 

@@ -20,6 +20,11 @@ FLAGS = {
             "--xla_tpu_enable_latency_hiding_scheduler=true",
             "--xla_enable_async_all_gather=true",
             "--xla_tpu_overlap_compute_collective_tc=true",
+            # On v5p, v6e and tpu7x the sparse cores exchange beside computation; other chips ignore it.
+            "--xla_tpu_enable_sparse_core_collective_offload_all_gather=true",
+            "--xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=true",
+            "--xla_tpu_enable_sparse_core_collective_offload_all_reduce=true",
+            "--xla_tpu_enable_sparse_core_collective_offload_dense_all_to_all=true",
         ),
     ),
     "jax_plugins.xla_cuda": (

@@ -5,9 +5,11 @@ kernel: bundles x trips / clock is a time that no machine is needed for. It sees
 stands behind a condition as if it always ran, except the first such region (work done once a row).
 """
 
+import functools
 import glob
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,14 +106,16 @@ def _of_kernels(folder: Path, pattern: str) -> list[Schedule]:
     return [read_schedule(path.read_text(), text(path)) for path in files]
 
 
-def seconds(calls: dict[str, int], folder: Path, clock: float) -> float:
-    """Of all calls of all kernels in a step. Calls that are alike are compiled once, under the name of one of them: where
-    one has no schedule, the longest of its kind stands for it."""
-    total = 0.0
-    for name, times in calls.items():
+def call_seconds(folder: Path, clock: float) -> Callable[[str], float]:
+    """Of one call of the kernel that an instruction is. Calls that are alike are compiled once, under the name of one of
+    them: where one has no schedule, the longest of its kind stands for it."""
+
+    @functools.cache
+    def seconds(name: str) -> float:
         kind = re.sub(r"\.\d+$", "", name)
         found = _of_kernels(folder, re.escape(name)) or _of_kernels(folder, rf"{re.escape(kind)}(\.\d+)?")
         if not found:
             raise FileNotFoundError(f"{folder}: no schedule of {name}")
-        total += times * max(schedule.cycles() for schedule in found) / clock
-    return total
+        return max(schedule.cycles() for schedule in found) / clock
+
+    return seconds

@@ -25,6 +25,7 @@ class Chip:
     dimensions: int = 0  # of the torus; 0: a GPU
     wraps_at: int = 4  # a side of the torus closes into a ring at multiples of this
     cores: int = 1
+    offloads: bool = False  # sparse cores exchange beside computation (parallel/overlap.py)
     network: float = 0.0  # GPU: bytes per second between machines
 
     @property
@@ -37,9 +38,9 @@ CHIPS = {
     for chip in (
         Chip("v4", 137.5e12, 16e9, 614e9, 45e9, 1.05e9, 3, cores=2),
         Chip("v5e", 197e12, 16e9, 819e9, 45e9, 1.5e9, 2, wraps_at=16),
-        Chip("v5p", 459e12, 95e9, 2765e9, 90e9, 1.75e9, 3),
-        Chip("v6e", 918e12, 32e9, 1640e9, 90e9, 1.75e9, 2, wraps_at=16),
-        Chip("tpu7x", 1153e12, 96e9, 3700e9, 90e9, 2.2e9, 3, cores=2),
+        Chip("v5p", 459e12, 95e9, 2765e9, 90e9, 1.75e9, 3, offloads=True),
+        Chip("v6e", 918e12, 32e9, 1640e9, 90e9, 1.75e9, 2, wraps_at=16, offloads=True),
+        Chip("tpu7x", 1153e12, 96e9, 3700e9, 90e9, 2.2e9, 3, cores=2, offloads=True),
         Chip("a100", 312e12, 80e9, 2039e9, 300e9, network=25e9),
         Chip("h100", 989e12, 80e9, 3350e9, 450e9, network=50e9),
         Chip("h800", 989e12, 80e9, 3350e9, 200e9, network=50e9),

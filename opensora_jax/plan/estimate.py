@@ -1,9 +1,12 @@
 """From what a step holds to what it takes: memory against the chip's, time, MFU. Every figure is an ESTIMATE.
 
-Compute is the compiler's own cycles (its fusions) plus our kernels; communication is bytes over links (links.py).
-Exchanges that the compiler made asynchronous hide behind compute as far as there is any; the others are waited for.
+Compute is the compiler's own cycles (its fusions) plus our kernels; communication is bytes over links (links.py). What of
+it is waited for, a replay of the compiled program says (replay.py); by formula, asynchronous exchanges hide behind compute
+as far as there is any.
 """
 
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 from opensora_jax.plan.chips import Topology
@@ -51,6 +54,7 @@ class Plan:
     kernels_from: str
     collectives: tuple[Collective, ...] = ()
     collective_seconds: tuple[float, ...] = ()
+    waited_seconds: float | None = None  # for exchanges, by a replay
     kernels: tuple[Kernel, ...] = ()
     compile_seconds: float = 0.0
     notes: tuple[str, ...] = field(default=())
@@ -69,6 +73,8 @@ class Plan:
 
     @property
     def exposed_seconds(self) -> float:
+        if self.waited_seconds is not None:
+            return self.waited_seconds
         pairs = list(zip(self.collectives, self.collective_seconds))
         hidden = sum(seconds for collective, seconds in pairs if collective.asynchronous)
         waited = sum(seconds for collective, seconds in pairs if not collective.asynchronous)
@@ -139,10 +145,20 @@ def timed(collectives: tuple[Collective, ...], links: Links) -> tuple[float, ...
     return tuple(links.seconds(collective) for collective in collectives)
 
 
-def roofline(kernels: list[Kernel], topology: Topology) -> float:
-    """Seconds of all kernels if each ran at the chip's peak or at its memory's speed, whichever is slower."""
-    chip = topology.chip
-    return sum(k.calls * max(k.flops / chip.flops, k.bytes / chip.bandwidth) for k in kernels)
+def call_seconds(kernels: list[Kernel], topology: Topology) -> Callable[[str], float]:
+    """Of one call of the kernel that an instruction's name holds, at the chip's peak or its memory's speed, whichever is
+    slower; the mean where kernels of one name differ."""
+    chip, totals = topology.chip, defaultdict(lambda: [0.0, 0])
+    for kernel in kernels:
+        total = totals[kernel.name]
+        total[0] += kernel.calls * max(kernel.flops / chip.flops, kernel.bytes / chip.bandwidth)
+        total[1] += kernel.calls
+
+    def seconds(instruction: str) -> float:
+        name = max((name for name in totals if name in instruction), key=len)
+        return totals[name][0] / totals[name][1]
+
+    return seconds
 
 
 def gigabytes(size: float) -> str:

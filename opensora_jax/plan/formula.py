@@ -67,8 +67,8 @@ class Traced:
         flops = larger * self.work.flops
         remat = str(cfg.model.get("remat", "none"))
         found = exchanges(program, replace(shape, stream=larger * shape.stream), micro, remat)
-        if topology.chip.is_tpu:  # libtpu 0.0.51 starts no exchange on v5p and v6e ahead of its use
-            found = tuple(replace(collective, asynchronous=False) for collective in found)
+        if topology.chip.is_tpu:
+            found = tuple(map(on_sparse_cores if topology.chip.offloads else waited_for, found))
         links = Links.of(topology, layout.sizes, layout.mesh.devices if topology.chip.is_tpu else None)
         return replace(
             target.described(cfg, topology, program),
@@ -81,6 +81,16 @@ class Traced:
             collective_seconds=estimate.timed(found, links),
             notes=("by formula: no program was compiled", *(ENCODERS,) * bool(program.frozen)),
         )
+
+
+def on_sparse_cores(exchange: Collective) -> Collective:
+    """They send both ways around one ring of all devices (read from compiled programs of v5p and v6e)."""
+    return replace(exchange, rings=2) if exchange.asynchronous else exchange
+
+
+def waited_for(exchange: Collective) -> Collective:
+    """Without sparse cores libtpu 0.0.51 starts no exchange ahead of its use."""
+    return replace(exchange, asynchronous=False)
 
 
 def relaid(cfg: RunConfig, program: Program, layout: Layout) -> Program:

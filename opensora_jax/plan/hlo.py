@@ -8,7 +8,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
@@ -24,6 +24,7 @@ HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{\s*$")
 CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+OFFLOADED = re.compile(r"called_computations=\{%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
@@ -64,34 +65,46 @@ class Module:
         written = [op.type, *(self.types.get(name, "") for name in op.operands)]
         return sum(size for text in written for _, size in arrays(text))
 
-    def walk(self) -> Iterator[tuple[Instruction, int, bool]]:
-        """Every instruction that runs: with how often, and whether it lies inside a fusion."""
-        yield from self._walk(self.entry, 1, False)
-
-    def _walk(self, name: str, times: int, fused: bool):
-        for op in self.computations.get(name, ()):
+    def walk(self, name: str = "", times: int = 1, fused: bool = False) -> Iterator[tuple[Instruction, int, bool]]:
+        """Every instruction that runs, of the program or one computation: with how often, and whether it lies inside a
+        fusion."""
+        for op in self.computations.get(name or self.entry, ()):
             yield op, times, fused
-            if op.opcode == "while":
-                body, condition = (_attribute(op, key) for key in ("body", "condition"))
-                trips = self.trips(op, condition)
-                yield from self._walk(body, times * trips, fused)
-            elif op.opcode in ("fusion", "call", "async-start", "conditional"):
-                branches = BRANCHES.search(op.rest)
-                called = re.findall(r"[\w.\-]+", branches[1]) if branches else CALLED.findall(op.rest)
-                for inner in called:
-                    yield from self._walk(inner, times, fused or op.opcode == "fusion")
+            for inner in self.called(op):
+                yield from self.walk(inner, times * self.repeats(op), fused or op.opcode == "fusion")
 
-    def trips(self, loop: Instruction, condition: str) -> int:
-        """As the compiler says, or the constant that the loop's condition compares its counter with."""
-        known = TRIPS.search(loop.rest)
+    def called(self, op: Instruction) -> list[str]:
+        """Computations that run where an instruction stands."""
+        if op.opcode == "while":
+            return [_attribute(op, "body")]
+        if op.opcode not in ("fusion", "call", "async-start", "conditional"):
+            return []
+        branches = BRANCHES.search(op.rest)
+        return re.findall(r"[\w.\-]+", branches[1]) if branches else CALLED.findall(op.rest)
+
+    def repeats(self, op: Instruction) -> int:
+        """Trips of a loop: as the compiler says, or the constant that its condition compares the counter with."""
+        if op.opcode != "while":
+            return 1
+        known = TRIPS.search(op.rest)
         if known:
             return int(known[1])
         constants = [
             int(found[1])
-            for op in self.computations.get(condition, ())
+            for op in self.computations.get(_attribute(op, "condition"), ())
             if op.opcode == "constant" and (found := re.match(r"(\d+)\)", op.rest))
         ]
         return max(constants, default=1)
+
+    def offloaded(self, start: Instruction) -> Instruction | None:
+        """The collective that an `async-start` gives to the sparse cores; it stands behind two calls."""
+        for outer in self.called(start):
+            for call in self.computations.get(outer, ()):
+                for inner in OFFLOADED.findall(call.rest):
+                    found = [op for op in self.computations.get(inner, ()) if op.opcode in COLLECTIVES]
+                    if found:
+                        return found[0]
+        return None
 
 
 @dataclass(frozen=True)
@@ -105,6 +118,7 @@ class Collective:
     bytes: float  # of the full array: gathered, reduced or exchanged
     count: int = 1
     asynchronous: bool = False
+    rings: int = 0  # of all its devices, a link each, that the sparse cores send it along; 0: every link of their box
 
     @property
     def moved(self) -> float:
@@ -151,21 +165,28 @@ def parse(text: str) -> Module:
 def contents(module: Module, axis_sizes: dict[str, int]) -> Contents:
     """axis_sizes: the mesh, in the order in which partitions are numbered."""
     cycles, traffic, kernels = 0, 0, {}
-    found: dict[tuple, int] = {}
+    found: dict[Collective, int] = {}
     for op, times, fused in module.walk():
-        collective = _collective(op, axis_sizes, module, fused)
+        collective = collective_of(op, module, axis_sizes, fused)
         if collective is not None:
-            key = (collective.kind, collective.axes, collective.size, collective.dtype)
-            key += (collective.bytes, collective.asynchronous)
-            found[key] = found.get(key, 0) + times
+            found[collective] = found.get(collective, 0) + times
         elif op.is_kernel:
             kernels[op.name] = kernels.get(op.name, 0) + times
         elif not fused and op.opcode in MOVES:
             traffic += module.traffic(op) * times
         elif not fused:
             cycles += op.cycles * times
-    collectives = (Collective(*key[:5], count=count, asynchronous=key[5]) for key, count in found.items())
+    collectives = (replace(collective, count=count) for collective, count in found.items())
     return Contents(cycles, traffic, kernels, tuple(sorted(collectives, key=lambda c: -c.moved)))
+
+
+def exchanges(op: Instruction, module: Module, axis_sizes: dict[str, int]) -> list[Collective]:
+    """What an instruction is or starts to send, or sends inside its fusion."""
+    inside = [(op, False)]
+    if op.opcode == "fusion":
+        inside = [(inner, fused) for called in module.called(op) for inner, _, fused in module.walk(called, fused=True)]
+    found = (collective_of(inner, module, axis_sizes, fused) for inner, fused in inside)
+    return [collective for collective in found if collective is not None]
 
 
 def arrays(type_text: str) -> list[tuple[str, int]]:
@@ -199,15 +220,16 @@ def _attribute(op: Instruction, name: str) -> str:
     return found[1] if found else ""
 
 
-def _collective(op: Instruction, axis_sizes, module: Module, fused: bool) -> Collective | None:
+def collective_of(op: Instruction, module: Module, axis_sizes: dict[str, int], fused: bool) -> Collective | None:
     """The collective that an instruction is, or starts. A fusion of an all-reduce and the choice of a slice is how the
     TPU compiler writes a reduce-scatter: the all-reduce inside stands for it."""
+    asynchronous = op.opcode.endswith("-start")
+    op = (module.offloaded(op) if op.opcode == "async-start" else op) or op
     kind = op.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
         return None
-    asynchronous = op.opcode.endswith("-start")
     parts = arrays(op.type)
-    if asynchronous and kind in ("all-gather", "collective-permute"):  # (operands, results[, counters])
+    if op.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):  # (operands, results[, counters])
         whole = [part for part in parts if part[0] != "u32"]
         parts = whole[len(whole) // 2 :]
     size = sum(bytes_ for _, bytes_ in parts)
@@ -220,7 +242,8 @@ def _collective(op: Instruction, axis_sizes, module: Module, fused: bool) -> Col
     elif kind == "reduce-scatter":
         size *= len(members)
     count = 2 if kind == "collective-permute" else len(members)
-    return Collective(kind, _axes(members, axis_sizes), count, dtype, size, asynchronous=asynchronous)
+    rings = op.rest.count('"phase_rings"')
+    return Collective(kind, _axes(members, axis_sizes), count, dtype, size, asynchronous=asynchronous, rings=rings)
 
 
 def _members(attributes: str, devices: int) -> list[int]:

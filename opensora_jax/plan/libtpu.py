@@ -10,6 +10,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 from opensora_jax.common.errors import UserError
 from opensora_jax.parallel import overlap
@@ -22,11 +23,6 @@ QUIET = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-# Collectives stay off the sparse cores, which is tpu7x's default: jax 0.10.2 cannot read such a program back.
-READABLE = " ".join(
-    f"--xla_tpu_enable_sparse_core_collective_offload_{kind}=false"
-    for kind in ("all_gather", "reduce_scatter", "all_reduce", "dense_all_to_all")
-)
 
 
 def dump_to(folder) -> str:
@@ -42,10 +38,19 @@ def prepare(extra_arguments: str = "") -> None:
             "planning for a TPU needs its compiler: pip install 'opensora-jax[aot]' (libtpu; no TPU needed)"
         )
     os.environ.update(QUIET)
-    flags = (overlap.with_flags(os.environ, overlap.TPU), READABLE, extra_arguments)
+    flags = (overlap.with_flags(os.environ, overlap.TPU), extra_arguments)
     os.environ["LIBTPU_INIT_ARGS"] = " ".join(filter(None, flags))
     if "TPU_LOG_DIR" not in os.environ:
         os.environ["TPU_LOG_DIR"] = temporary("libtpu-logs-")
+
+
+def compiled(lowered):
+    """The executable and its program, as the compiler itself writes it down: jax 0.10.2 cannot read back one whose exchanges
+    run on the sparse cores."""
+    with tempfile.TemporaryDirectory(prefix="libtpu-program-") as folder:
+        executable = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_long_text": True})
+        (written,) = Path(folder).glob("module_0000.*after_codegen.txt")
+        return executable, written.read_text()
 
 
 def temporary(prefix: str) -> str:

@@ -88,7 +88,8 @@ class Links:
             "all-to-all" in collective.kind
         ):  # each side at once; of a ring of a devices the busiest link carries a/8 of an operand
             return max(whole * side.length / (4 * side.ways) / link for side in span.sides)
-        rate = sum(side.ways * link for side in span.sides)
+        ways = sum(side.ways for side in span.sides)
+        rate = min(ways, collective.rings or ways) * link
         share = (collective.size - 1) / collective.size
         return (2 if collective.kind == "all-reduce" else 1) * whole * share / rate
 

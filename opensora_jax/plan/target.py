@@ -10,7 +10,7 @@ import jax
 from opensora_jax import work
 from opensora_jax.common.errors import UserError
 from opensora_jax.parallel import shard
-from opensora_jax.plan import bundles, estimate, hlo, libtpu
+from opensora_jax.plan import bundles, estimate, hlo, libtpu, replay
 from opensora_jax.plan.chips import Topology
 from opensora_jax.plan.compile import Program, Workload, largest, mesh_of, trace, trace_sample
 from opensora_jax.plan.links import Links
@@ -51,13 +51,12 @@ def compiled(
     """By the TPU compiler, on this machine. schedules: where libtpu writes those of our kernels, if it does."""
     program = traced(cfg, topology, task)
     began = time.monotonic()
-    executable = program.lower().compile()
+    executable, text = libtpu.compiled(program.lower())
     seconds = time.monotonic() - began
-    text = executable.as_text()
     if hlo_file:
         Path(hlo_file).write_text(text)
-    sizes = program.layout.sizes
-    inside = hlo.contents(hlo.parse(text), sizes)
+    sizes, module = program.layout.sizes, hlo.parse(text)
+    inside = hlo.contents(module, sizes)
     stats = executable.memory_analysis()
     memory = estimate.Memory(
         stats.argument_size_in_bytes,
@@ -68,10 +67,22 @@ def compiled(
     arithmetic = work.count(program.traced.jaxpr)
     links = Links.of(topology, sizes, program.layout.mesh.devices)
     plan = described(cfg, topology, program)
-    kernel_seconds, kernels_from = estimate.roofline(arithmetic.kernels, topology), LOWER_BOUND
+    kernels, kernels_from = estimate.call_seconds(arithmetic.kernels, topology), LOWER_BOUND
     if schedules:
-        scheduled = bundles.seconds(inside.kernel_calls, Path(schedules), topology.chip.clock)
-        kernel_seconds, kernels_from = max(kernel_seconds, scheduled), "their static schedules"
+        scheduled = bundles.call_seconds(Path(schedules), topology.chip.clock)
+        kernels, kernels_from = lambda name: max(kernels(name), scheduled(name)), "their static schedules"
+    kernel_seconds = {name: kernels(name) for name in inside.kernel_calls}
+
+    def compute(op: hlo.Instruction) -> float:
+        if op.name in kernel_seconds:
+            return kernel_seconds[op.name]
+        if op.opcode in hlo.MOVES:
+            return module.traffic(op) / topology.chip.bandwidth
+        return op.cycles / topology.chip.clock
+
+    def exchange(op: hlo.Instruction) -> float:
+        return sum(links.seconds(collective) for collective in hlo.exchanges(op, module, sizes))
+
     return replace(
         plan,
         source="compiler",
@@ -80,10 +91,11 @@ def compiled(
         fusion_seconds=inside.cycles / topology.chip.clock + inside.traffic / topology.chip.bandwidth,
         fusions_from="the compiler's cycles; copies and bare sums by their traffic",
         kernels=tuple(arithmetic.kernels),
-        kernel_seconds=kernel_seconds,
+        kernel_seconds=sum(times * kernel_seconds[name] for name, times in inside.kernel_calls.items()),
         kernels_from=kernels_from,
         collectives=inside.collectives,
         collective_seconds=estimate.timed(inside.collectives, links),
+        waited_seconds=replay.waited(module, exchange, compute),
         compile_seconds=seconds,
         notes=notes(topology, arithmetic),
     )

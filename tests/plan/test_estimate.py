@@ -75,6 +75,7 @@ def test_seconds_follow_the_ring_formulas():
     assert links.seconds(gather) == pytest.approx(8e6 * 0.75 / 180e9)
     both = replace(gather, kind="all-reduce", axes=("fsdp", "context"), size=16)
     assert links.seconds(both) == pytest.approx(2 * 8e6 * 15 / 16 / 360e9)  # two rings at once
+    assert links.seconds(replace(both, rings=2)) == pytest.approx(2 * 8e6 * 15 / 16 / 180e9)  # on the sparse cores
     assert links.seconds(replace(gather, kind="collective-permute")) == pytest.approx(8e6 / 90e9)
 
 
@@ -113,9 +114,20 @@ def test_asynchronous_exchanges_hide_behind_compute():
     assert plan().mfu == pytest.approx(2.3e15 / 0.28 / (64 * 459e12))
 
 
-def test_kernels_by_roofline():
-    kernels = [Kernel("matmul", 2, 459e9, 1.0), Kernel("copy", 3, 0.0, 2765e6)]
-    assert estimate.roofline(kernels, V5P) == pytest.approx(2e-3 + 3e-3)
+def test_a_replay_says_what_is_waited_for():
+    assert plan(waited_seconds=0.02).exposed_seconds == 0.02
+
+
+def test_a_call_of_a_kernel_by_roofline():
+    kernels = [
+        Kernel("matmul", 2, 459e9, 1.0),
+        Kernel("copy", 3, 0.0, 2765e6),
+        Kernel("matmul_backward", 1, 459e10, 1.0),
+    ]
+    seconds = estimate.call_seconds(kernels, V5P)
+    assert [seconds(name) for name in ("matmul.4", "copy", "transpose_jvp_matmul_backward__.1")] == pytest.approx(
+        [1e-3, 1e-3, 1e-2]
+    )
 
 
 def test_report_marks_estimates_and_json_agrees():

@@ -12,6 +12,7 @@ from opensora_jax.parallel import shard
 from opensora_jax.parallel.mesh import MeshConfig
 from opensora_jax.plan import chips, formula, search, target
 from opensora_jax.plan.compile import mesh_of
+from opensora_jax.plan.hlo import Collective
 from opensora_jax.training.run import RunConfig
 
 GPUS = chips.parse("h100:8x1")
@@ -129,6 +130,14 @@ def test_the_formula_agrees_with_the_tpu_compiler():
     assert moved["reduce-scatter"] == pytest.approx(summed, rel=0.1)
     assert plan.memory.arguments == pytest.approx(1.543e9, rel=0.02)
     assert 3.20e9 < plan.memory.peak < 1.35 * 3.20e9  # never promises what does not fit
+
+
+def test_only_sparse_cores_exchange_beside_computation():
+    weights = Collective("all-gather", ("fsdp",), 8, "bf16", 8e6, asynchronous=True)
+    stream = Collective("all-to-all", ("context",), 8, "bf16", 8e6)
+    assert formula.on_sparse_cores(weights) == replace(weights, rings=2)
+    assert not formula.waited_for(weights).asynchronous
+    assert formula.on_sparse_cores(stream) == formula.waited_for(stream) == stream
 
 
 def test_the_most_that_lives_at_once():

@@ -21,7 +21,7 @@ for name in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"):
     mesh = Mesh(np.array(libtpu.devices(chips.parse(name))), ("x",), axis_types=(AxisType.Auto,))
     array = lambda shape, *cut: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*cut)))
     layers = lambda h, w: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, w)[0]
-    text = jax.jit(layers).lower(array((1024, 256), "x"), array((4, 256, 256), None, "x")).compile().as_text()
+    program, text = libtpu.compiled(jax.jit(layers).lower(array((1024, 256), "x"), array((4, 256, 256), None, "x")))
     assert "all-gather" in text, name
 """
 
