@@ -20,6 +20,8 @@ FLAGS = {
             "--xla_tpu_enable_latency_hiding_scheduler=true",
             "--xla_enable_async_all_gather=true",
             "--xla_tpu_overlap_compute_collective_tc=true",
+            # Where all devices gather, it would be the sum of zeros otherwise: twice the bytes.
+            "--xla_tpu_prefer_async_allgather_to_allreduce=true",
             # On v5p, v6e and tpu7x the sparse cores exchange beside computation; other chips ignore it.
             "--xla_tpu_enable_sparse_core_collective_offload_all_gather=true",
             "--xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=true",
