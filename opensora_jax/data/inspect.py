@@ -112,7 +112,7 @@ def histogram(path: Path, source, plan) -> str:
     known, rows = source.shapes[source.shapes[:, 0] > 0].astype(float), plan.report()
     tall = 1 + 0.22 * len(rows)  # inches that let each bucket's name be read
     figure = pyplot.figure(figsize=(11, 3.2 + tall), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(3.2, tall))
+    top, bottom = np.ravel(figure.subfigures(2, 1, height_ratios=(3.2, tall)))
     values = (known[:, 0], np.sqrt(known[:, 1] * known[:, 2]), known[:, 1] / np.maximum(known[:, 2], 1))
     names = ("frames of a clip", "pixels of a side: √(height × width)", "height / width")
     for axis, data, name in zip(top.subplots(1, 3), values, names):
