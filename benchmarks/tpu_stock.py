@@ -33,9 +33,7 @@ def splash(forward, backward):
     sizes = dict(zip(("block_q", "block_kv", "block_kv_compute"), forward))
     sizes |= dict(zip(("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"), backward or forward))
     mask = masks.MultiHeadMask([masks.FullMask((TOKENS, TOKENS))] * HEADS)
-    run = kernel.make_splash_mha_single_device(
-        mask, block_sizes=kernel.BlockSizes(**sizes, use_fused_bwd_kernel=True)
-    )
+    run = kernel.make_splash_mha_single_device(mask, block_sizes=kernel.BlockSizes(**sizes, use_fused_bwd_kernel=True))
 
     def attend(qkv):
         q, k, v = qkv.reshape(ROWS, TOKENS, 3, HEADS, HEAD_DIM).transpose(2, 0, 3, 1, 4)
@@ -82,7 +80,15 @@ def measure(blocks, chip: str, backward: bool) -> dict:
     """Milliseconds outside and inside kernels; blocks: the library's, forward and backward, or None for ours."""
     with tempfile.TemporaryDirectory() as folder:
         quiet = QUIET | {"TPU_LOG_DIR": folder, "LIBTPU_INIT_ARGS": dump_to(folder), "XLA_FLAGS": ""}
-        command = [sys.executable, "-m", "benchmarks.tpu_schedule", "--chips", chip, "--compile-stock", json.dumps(blocks)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.tpu_schedule",
+            "--chips",
+            chip,
+            "--compile-stock",
+            json.dumps(blocks),
+        ]
         command += ["--backward"] * backward
         done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True, timeout=1800)
         if done.returncode:
@@ -122,8 +128,10 @@ def report(wanted) -> list[dict]:
         tried = {blocks: row(name(blocks), chip, False, (blocks, None), forward) for blocks in FORWARD}
         fastest = min(tried, key=lambda blocks: tried[blocks]["total_ms"])
         after = [row(f"{name(fastest)}, {name(blocks)}", chip, True, (fastest, blocks), both) for blocks in BACKWARD]
-        ratios = (tried[fastest], forward), (min(after, key=lambda record: record["total_ms"]), both)
-        first, second = (stock["total_ms"] / ours["total_ms"] for stock, ours in ratios)
-        alone = lambda i: ratios[1][i]["total_ms"] - ratios[0][i]["total_ms"]
-        print(f"{chip}: {first:.2f} forward, {second:.2f} with backward, {alone(0) / alone(1):.2f} backward alone")
+        best = min(after, key=lambda record: record["total_ms"])
+        ratios = [stock["total_ms"] / own["total_ms"] for stock, own in ((tried[fastest], forward), (best, both))]
+        alone = [whole["total_ms"] - part["total_ms"] for whole, part in ((best, tried[fastest]), (both, forward))]
+        print(
+            f"{chip}: {ratios[0]:.2f} forward, {ratios[1]:.2f} with backward, {alone[0] / alone[1]:.2f} backward alone"
+        )
     return records

@@ -66,15 +66,21 @@ def _kernel(qkv_ref, do_ref, out_ref, logs_ref, extras, d_ref, *rest, problem):
             [(head, i, *tile) for head in heads for i in range(blocks) for tile in row.tiles], *row.stages
         )
         return
-    jax.lax.fori_loop(0, blocks, lambda i, _: (row.sum_deltas(i), 0)[1], 0)
+
+    def deltas_of_block(i, carry):
+        row.first = i
+        row.sum_deltas(0)
+        return carry
+
+    jax.lax.fori_loop(0, blocks, deltas_of_block, 0)
     for head in heads:
         row.open(head)
         for total in sums:
             total[head % 2] = jnp.zeros_like(total[0])
 
         def block(i, d_weight, head=head):
-            row.d_weight = d_weight
-            tpu_slopes.pipeline([(head, i, *tile) for tile in row.tiles], *row.stages)
+            row.first, row.d_weight = i, d_weight
+            tpu_slopes.pipeline([(head, 0, *tile) for tile in row.tiles], *row.stages)
             return row.d_weight
 
         row.d_weight = jax.lax.fori_loop(0, blocks, block, row.d_weight)
@@ -99,9 +105,11 @@ class _Row:
         self.stages = self.start, self.soften, self.finish
         self.keys, self.queries, self.products, self.softened, self.d_q = {}, {}, {}, {}, {}
         self.d_weight = jnp.zeros((8, LANES), jnp.float32)
+        self.first = 0  # block of the loop that runs; all others count from it
 
     def at(self, i):
         """The first query of a block, and where the block lies."""
+        i += self.first
         if self.problem.pieces == 1:
             first = i * self.rows if isinstance(i, int) else pl.multiple_of(i * self.rows, 16)
             return first, (0, 0, pl.ds(first, self.rows))
@@ -133,7 +141,7 @@ class _Row:
     def finish(self, head, i, at_query, at_key):
         slopes = self.softened.pop((head, i, at_query.start, at_key.start))
         *d_keys, dq = tpu_slopes.gradients(self.keys[head], self.queries[head, i], at_key, at_query, *slopes)
-        straight = isinstance(i, int)
+        straight = isinstance(self.first, int)
         for total, x in zip(self.sums, d_keys):
             total[head % 2, :, at_key] = x if straight and i == at_query.start == 0 else total[head % 2, :, at_key] + x
         parts = self.d_q.setdefault((head, i), [])
