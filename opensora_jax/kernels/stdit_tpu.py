@@ -44,9 +44,6 @@ from opensora_jax.kernels.tpu_rows import (
 
 VMEM_LIMIT = 100 << 20
 QUERY_BLOCK = {"forward": 512, "backward": 256}
-# Up to here a division a head, which sends its sum across the lanes, takes longer than all heads' products of a block: they
-# are divided together (v6e, 2026-11-29: 77 us instead of 111 over 120 keys; 4% slower over 1024).
-FEW_KEYS = 256
 
 
 class Problem(NamedTuple):
@@ -173,73 +170,91 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, extras, o_ref, *rest, problem):
-    *logs_ref, keys, values = rest
-    heads = problem.heads
-    dtype = q_ref.dtype
+    *logs_ref, keys, values, turned = rest
+    heads, dtype = problem.heads, q_ref.dtype
 
     @pl.when(pl.program_id(1) == 0)
     def _prepare_row():
-        padded = problem.padded
-        valid = rows_inside(padded, problem.size) if padded != problem.size else None
-        visible = rows_shown(problem, extras, valid)
+        valid = rows_inside(problem.padded, problem.size) if problem.padded != problem.size else None
+        _prepare_keys(problem, k_ref, extras, valid, keys)
+        _prepare_values(problem, v_ref, rows_shown(problem, extras, valid), values)
+
+    scores, weights, peaks, logs = {}, {}, {}, {}
+
+    def start(head):
+        scores[head] = dot(keys[head], _queries(q_ref, problem, extras, head), ROWS_BY_ROWS)
+
+    def soften(head):
+        x = scores.pop(head)
+        peaks[head] = x.max(0, keepdims=True)
+        weights[head] = jnp.exp2(x - peaks[head]).astype(dtype)
+
+    def finish(head):
+        out = dot(values[head], weights.pop(head))
+        row = heads.dim if heads.sums else heads.spare(head)
+        total = jnp.maximum(out[row : row + 1], TINY)
+        heads.put(turned, head, out * (1.0 / total))
+        logs[head] = -(peaks[head] + jnp.log2(total))
+
+    tpu_slopes.pipeline([(head,) for head in range(heads.count)], start, soften, finish)
+    for tile in range(heads.tiles):
+        lanes = slice(tile * LANES, (tile + 1) * LANES)
+        o_ref[..., lanes] = turned[lanes].T.astype(dtype).reshape(*o_ref.shape[:-1], LANES)
+    if logs_ref:
+        for head, mark in enumerate(tpu_channels.marks(heads)):
+            turned[mark : mark + 2] = jnp.broadcast_to(logs[head], (2, problem.block))
+        logs_ref[0][...] = tpu_channels.split(turned[:LANES].T, dtype).reshape(logs_ref[0].shape)
+
+
+def _prepare_keys(problem, k_ref, extras, valid, keys):
+    """[heads, padded, 128], scaled, with the logit of hidden keys in the spare lane."""
+    heads, padded, dtype = problem.heads, problem.padded, keys.dtype
+    read = reader(k_ref, 0, heads)
+    if "norm" in extras or "rope" in extras:
         for head in range(heads.count):
-            own = heads.own(head, padded)
-            k = own_float(reader(k_ref, 0, heads), heads, head, padded, valid)
+            k = own_float(read, heads, head, padded, valid)
             k = preparation(problem, extras, head, 1, 0, padded, dtype).forward(k) * problem.scale
             keys[head] = hide_keys(k, head, problem, extras, valid).astype(dtype)
-            v = jnp.where(own, heads.gather(reader(v_ref, 0, heads), head), jnp.ones((), dtype))
-            values[head] = v if visible is None else jnp.where(visible, v, jnp.zeros((), dtype))
-
-    tiles, marks = [None] * heads.tiles, tpu_channels.marks(heads)
-    scores, weights = {}, {}
-    totals = peaks = jnp.ones((problem.block, LANES), jnp.float32)
-    lane = jax.lax.broadcasted_iota(jnp.int32, totals.shape, 1)
-    # One head's products run beside the softmax of the head before and the output of the one before that.
-    for starting in range(heads.count + 2):
-        between, ending = starting - 1, starting - 2
-        if starting < heads.count:
-            scores[starting] = dot(_queries(q_ref, problem, extras, starting), keys[starting], ROWS_BY_ROWS)
-        if between in scores:
-            x = scores.pop(between)
-            peak = x.max(-1, keepdims=True)
-            weights[between] = jnp.exp2(x - peak).astype(dtype)
-            peaks = jnp.where((lane & ~1) == marks[between], peak, peaks) if logs_ref else peaks
-        if ending in weights:
-            out = dot(weights.pop(ending), values[ending])
-            if "spread" in extras or logs_ref:
-                totals = jnp.where((lane & ~1) == marks[ending], out, totals)
-            if "spread" not in extras:
-                total = out[:, heads.spare(ending) : heads.spare(ending) + 1]
-                out = out * (1.0 / jnp.maximum(total, TINY))
-            heads.scatter(tiles, ending, out)
-    totals = jnp.maximum(totals, TINY)
-    if logs_ref:
-        logs = tpu_slopes.logarithms(peaks, totals, dtype)
-        logs_ref[0][...] = logs.reshape(logs_ref[0].shape)
-    if "spread" in extras:
-        tiles = _divided(tiles, totals, extras["spread"], dtype)
-    for tile, x in enumerate(tiles):
-        o_ref[..., tile * LANES : (tile + 1) * LANES] = x.astype(dtype).reshape(*o_ref.shape[:-1], LANES)
+        return
+    tiles = [read(tile).astype(jnp.float32) * problem.scale for tile in range(heads.tiles)]
+    tiles = [(x if valid is None else jnp.where(valid, x, 0.0)).astype(dtype) for x in tiles]
+    for head in range(heads.count):
+        # Other heads' lanes meet zeros in q.
+        k = heads.gather(lambda tile: tiles[tile], head)
+        keys[head] = hide_keys(k, head, problem, extras, valid)
 
 
-def _divided(tiles, totals, spread, dtype):
-    """By the sums of the weights, all heads at once."""
-    inverse = tpu_channels.split(1.0 / totals, dtype)
-    scale = [dot(inverse, spread[:, start * LANES : (start + 2) * LANES]) for start in range(0, len(tiles), 2)]
-    part = lambda tile: slice(tile % 2 * LANES, (tile % 2 + 1) * LANES)
-    return [x * scale[tile // 2][:, part(tile)] for tile, x in enumerate(tiles)]
+def _prepare_values(problem, v_ref, visible, values):
+    """[heads, dim, padded], and rows of ones whose product is the sum of the weights; zero where hidden."""
+    heads, dtype = problem.heads, values.dtype
+    read = reader(v_ref, 0, heads)
+    shown = lambda x: (x if visible is None else jnp.where(visible, x, 0.0)).T
+    ones = shown(jnp.ones((problem.padded, LANES), jnp.float32))
+    tiles = [shown(read(tile).astype(jnp.float32)) for tile in range(heads.tiles)]
+    for head in range(heads.count):
+        tile, first, spans = heads.place(head)
+        if heads.sums:
+            parts = [tiles[tile][first:], tiles[tile + 1]] if spans else [tiles[tile][first:]]
+            values[head] = jnp.concatenate([jnp.concatenate(parts, 0)[: heads.dim], ones[: heads.sums]], 0).astype(
+                dtype
+            )
+        else:
+            sublane = jax.lax.broadcasted_iota(jnp.int32, ones.shape, 0)
+            x = jnp.where(sublane >= first, tiles[tile], tiles[tile + 1]) if spans else tiles[tile]
+            values[head] = jnp.where(heads.within(head, sublane), x, ones).astype(dtype)
 
 
 def _queries(q_ref, problem, extras, head):
     """Prepared queries of a head, with a one where hidden keys have their logit; the scale is in the keys."""
     heads, rows, dtype = problem.heads, problem.block, q_ref.dtype
     read, spare = reader(q_ref, 0, heads), heads.spare(head)
+    one = 1.0 if "hidden" in extras or problem.padded != problem.size else 0.0
     if "norm" not in extras and "rope" not in extras:
-        one = jnp.where(jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1) == spare, 1.0, 0.0).astype(dtype)
-        return jnp.where(heads.own(head, rows), heads.gather(read, head), one)
+        other = jnp.where(jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1) == spare, one, 0.0).astype(dtype)
+        return jnp.where(heads.own(head, rows), heads.gather(read, head), other)
     q = own_float(read, heads, head, rows, None)
     q = preparation(problem, extras, head, 0, pl.program_id(1) * rows, rows, dtype).forward(q)
-    return at_lane(q, spare, 1.0).astype(dtype)
+    return at_lane(q, spare, one).astype(dtype)
 
 
 def forward_call(name, q, k, v, lanes, extras, problem, logs=False):
@@ -255,9 +270,12 @@ def forward_call(name, q, k, v, lanes, extras, problem, logs=False):
     whole = lambda which: pl.BlockSpec(
         whole_row(problem, padded, channels), lambda row, _: (0, jax.lax.rem(row, k.shape[1]), 0, which)
     )
-    prepared = pltpu.VMEM((problem.heads.count, padded, LANES), q.dtype)
-    if padded <= FEW_KEYS:
-        extras = extras | {"spread": tpu_channels.spreading(problem.heads, q.dtype)}
+    heads = problem.heads
+    scratch = [
+        pltpu.VMEM((heads.count, padded, LANES), q.dtype),
+        pltpu.VMEM((heads.count, heads.rows + heads.sums, padded), q.dtype),
+        pltpu.VMEM((channels, block), jnp.float32),
+    ]
     widths = [channels, LANES] if logs else [channels]
     found = pl.pallas_call(
         functools.partial(_forward_kernel, problem=problem),
@@ -265,7 +283,7 @@ def forward_call(name, q, k, v, lanes, extras, problem, logs=False):
         in_specs=[queries_at(lanes[0]), whole(lanes[1]), whole(lanes[2]), extra_specs(extras, problem)],
         out_specs=[queries_at(0, width) for width in widths],
         out_shape=[jax.ShapeDtypeStruct((*q.shape[:3], width), q.dtype) for width in widths],
-        scratch_shapes=[prepared, prepared],
+        scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),

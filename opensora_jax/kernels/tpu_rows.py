@@ -54,8 +54,8 @@ def hide_keys(k, head, problem, extras, valid):
     """Prepared keys with the logit of hidden keys in the spare lane."""
     lane = problem.heads.spare(head)
     if "hidden" in extras:
-        k = at_lane(k, lane, extras["hidden"][0])
-    return k if valid is None else at_lane(k, lane, jnp.where(valid, k, HIDE))
+        k = at_lane(k, lane, extras["hidden"][0].astype(k.dtype))
+    return k if valid is None else at_lane(k, lane, jnp.where(valid, k, jnp.asarray(HIDE, k.dtype)))
 
 
 def rows_shown(problem, extras, valid):

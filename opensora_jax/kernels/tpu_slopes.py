@@ -68,11 +68,6 @@ def deltas(heads: Heads, do, out, spread, dtype):
     return tpu_channels.split(-sums, dtype)
 
 
-def logarithms(peaks, totals, dtype):
-    """Minus those of the sums of weights, as marks."""
-    return tpu_channels.split(-(peaks + jnp.log2(totals)), dtype)
-
-
 def cuts(size: int, most: int) -> list[slice]:
     return [slice(start, min(start + most, size)) for start in range(0, size, most)]
 
