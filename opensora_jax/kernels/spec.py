@@ -3,7 +3,6 @@
 `target("v6e")` makes the choice for another machine than this one, for ahead-of-time compilation (`plan`, benchmarks).
 """
 
-import functools
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -63,19 +62,22 @@ class Call:
             raise Unsupported(f"{' and '.join(present)} not served")
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def named(x, name: str | None):
+def kept(x, name: str | None):
     """A tensor that policies of jax.checkpoint may keep under a name. They keep its bits: jax 0.10 rounds kept floating-point
-    tensors to the precision that they have, which behind a kernel is a pass of its own."""
+    tensors to the precision that they have, which behind a kernel is a pass of its own. Bits have no gradients: this is
+    for rules of kernels, `named` for all else."""
     if name is None:
         return x
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
     return jax.lax.bitcast_convert_type(checkpoint_name(bits, name), x.dtype)
 
 
+named = jax.custom_jvp(kept, nondiff_argnums=(1,))
+
+
 @named.defjvp
 def _named_jvp(name, primals, tangents):
-    return named(*primals, name), *tangents
+    return kept(*primals, name), *tangents
 
 
 def repeat(arrays, batch: int):

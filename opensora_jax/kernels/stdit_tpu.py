@@ -153,7 +153,7 @@ def _attend(qkv, extras, problem):
 
 def _attend_forward(qkv, extras, problem):
     found = forward_call("stdit_spatial", qkv, qkv, qkv, (0, 1, 2), extras, problem, logs=True)
-    out, logs = (spec.named(x, problem.name) for x in found)
+    out, logs = (spec.kept(x, problem.name) for x in found)
     return out, (qkv, extras, out, logs)
 
 

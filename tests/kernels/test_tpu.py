@@ -60,7 +60,31 @@ def test_rows_of_a_head_come_back_to_their_lanes(heads):
         x = jax.random.normal(jax.random.key(head), (8, 128))
         rows = heads.take_rows(x.T, head)
         assert rows.shape == (heads.rows, 8)
-        assert (heads.put_rows(rows, head).T == jnp.where(heads.own(head, 8), x, 0)).all()
+        assert (jnp.where(heads.own(head, 8), x, 0) == heads.put_rows(rows, head).T).all()
+
+
+@pytest.mark.parametrize("mode", ["spatial", "temporal"])
+def test_what_is_kept_by_name_is_not_computed_again(mode):
+    attend = functools.partial(stdit_attention, num_heads=4, mode=mode, implementation="pallas_tpu", name="kept")
+
+    def forward_kernels(policy):
+        again = jax.checkpoint(lambda x: jnp.sin(attend(jnp.sin(x))).sum(), policy=policy)
+        with spec.target("v6e"):
+            jaxpr = jax.make_jaxpr(jax.grad(again))(jax.ShapeDtypeStruct((1, 2, 128, 3 * 384), jnp.bfloat16)).jaxpr
+        return results_read(jaxpr, f"stdit_{mode}")
+
+    assert forward_kernels(jax.checkpoint_policies.nothing_saveable) == 2
+    assert forward_kernels(jax.checkpoint_policies.save_only_these_names("kept")) == 1
+
+
+def results_read(jaxpr, name):
+    """Kernels whose results somebody reads; the compiler drops the others."""
+    read = {id(x) for equation in jaxpr.eqns for x in equation.invars} | {id(x) for x in jaxpr.outvars}
+    inside = (
+        results_read(inner, name) for equation in jaxpr.eqns for inner in jax.core.jaxprs_in_params(equation.params)
+    )
+    called = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "pallas_call" and eqn.params["name"] == name)
+    return sum(any(id(x) in read for x in equation.outvars) for equation in called) + sum(inside)
 
 
 def through_pieces(run, qkv, *, mode, parts=4, **options):
