@@ -92,7 +92,10 @@ def estimate(case, chip: str, backward: bool) -> dict:
         schedule = of_kernel(Path(folder), f"stdit_{case.kind}" + "_backward" * backward)
         moved = json.loads(done.stdout.splitlines()[-1])
     clock, bandwidth = chips.CHIPS[chip].clock, chips.CHIPS[chip].bandwidth
-    floor = case.bytes() * (7 / 4 if backward else 1) / bandwidth * 1e3
+    arrays = {False: 4, True: 8 if case.kind == "spatial" else 7}[
+        backward
+    ]  # of C channels; spatial gradients read the result
+    floor = case.bytes() * arrays / 4 / bandwidth * 1e3
     kernel = schedule.cycles(1 if backward else steps_per_row(case)) / clock * 1e3
     return {
         "kernel_ms": max(kernel, floor),
