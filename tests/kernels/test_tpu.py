@@ -80,9 +80,8 @@ def test_what_is_kept_by_name_is_not_computed_again(mode):
 def results_read(jaxpr, name):
     """Kernels whose results somebody reads; the compiler drops the others."""
     read = {id(x) for equation in jaxpr.eqns for x in equation.invars} | {id(x) for x in jaxpr.outvars}
-    inside = (
-        results_read(inner, name) for equation in jaxpr.eqns for inner in jax.core.jaxprs_in_params(equation.params)
-    )
+    params = (value for equation in jaxpr.eqns for value in equation.params.values())
+    inside = (results_read(x, name) for x in (getattr(value, "jaxpr", value) for value in params) if hasattr(x, "eqns"))
     called = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "pallas_call" and eqn.params["name"] == name)
     return sum(any(id(x) in read for x in equation.outvars) for equation in called) + sum(inside)
 
