@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from opensora_jax.kernels import tpu_channels, tpu_slopes
+from opensora_jax.kernels import spec, tpu_channels, tpu_slopes
 from opensora_jax.kernels.tpu_lanes import LANES, LOG2E
 from opensora_jax.kernels.tpu_rows import (
     extra_specs,
@@ -51,8 +51,9 @@ def gradients(qkv, extras, d_out, out, logs, problem, vmem_limit):
 
 
 def _single(elements, dtype):
-    """Long rows are not double-buffered: they would not fit."""
-    return {"pipeline_mode": pl.Buffered(1)} if elements * jnp.dtype(dtype).itemsize > 12 << 20 else {}
+    """Long rows are not double-buffered: they would not fit. v5p has 64 MiB of fast memory, v5e and v6e have 128."""
+    most = (4 if spec.chip() == "v5p" else 12) << 20
+    return {"pipeline_mode": pl.Buffered(1)} if elements * jnp.dtype(dtype).itemsize > most else {}
 
 
 def _kernel(qkv_ref, do_ref, out_ref, logs_ref, extras, d_ref, *rest, problem):
