@@ -3,9 +3,9 @@
 The kernels read the projected activations [rows, S, 3C] where they lie and write [rows, S, C]: no transpose, pad or
 copy around them (tpu_lanes.py says how heads are split), also where a row lies in pieces. Forward: grid (row, block of
 queries); keys and values of a row are prepared once into fast memory, then each block of queries sees all keys in a
-single-pass softmax. Backward: grid (row); per head and block of queries the transposed scores are recomputed, so that
-the sums over keys run along sublanes and only dq needs a transposed operand. S needs no alignment: rows beyond it are
-hidden keys.
+single-pass softmax. Scores are [keys, queries] and outputs [channels, queries], so that sums and divisions run along
+sublanes and the tiles of weights, not a head's few channels, fill the matrix unit. S needs no alignment: rows beyond it
+are hidden keys. The backward pass is in stdit_tpu_backward.py.
 Temporal mode is in stdit_tpu_temporal.py.
 """
 
