@@ -11,20 +11,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from opensora_jax.kernels.stdit_tpu import (
-    VMEM_LIMIT,
-    Problem,
-    even_blocks,
-    extra_specs,
-    forward_call,
-    hide_keys,
-    own_float,
-    reader,
-    rows_inside,
-    rows_shown,
-    transposed_slopes,
-)
-from opensora_jax.kernels.tpu_lanes import COLUMNS_BY_COLUMNS, HIDE, LANES, LOG2E, Heads, at_lane, dot
+from opensora_jax.kernels.stdit_tpu import VMEM_LIMIT, Problem, even_blocks, forward_call
+from opensora_jax.kernels.tpu_lanes import COLUMNS_BY_COLUMNS, HIDE, LANES, LOG2E, ROWS_BY_ROWS, Heads, at_lane, dot
+from opensora_jax.kernels.tpu_rows import extra_specs, hide_keys, own_float, reader, rows_inside, rows_shown
+from opensora_jax.kernels.tpu_slopes import pipeline
 from opensora_jax.kernels.xla import key_visibility
 
 MAX_KEYS = 1024
@@ -104,14 +94,25 @@ def _backward_kernel(
 
     exists = rows_inside(rows, queries, index * rows) if queries % rows else None
     tiles = [None] * heads.tiles
-    for head in range(heads.count):
+    operands, products, softened = {}, {}, {}
+
+    def start(head):
         q = own_float(reader(q_ref, 0, heads), heads, head, rows, exists) * problem.scale
         q = at_lane(q, heads.spare(head), 1.0).astype(dtype)
         do = own_float(reader(do_ref, 0, heads), heads, head, rows, exists).astype(dtype)
-        weights, slope = transposed_slopes(keys[head], q, values[head], do)
+        operands[head] = q, do
+        products[head] = dot(keys[head], q, ROWS_BY_ROWS), dot(values[head], do, ROWS_BY_ROWS)
+
+    def soften(head):
+        softened[head] = _slopes(*products.pop(head), dtype)
+
+    def finish(head):
+        (q, do), (weights, slope) = operands.pop(head), softened.pop(head)
         dv_sum[head] += dot(weights, do)
         dk_sum[head] += dot(slope, q)
         heads.scatter(tiles, head, dot(slope, keys[head], COLUMNS_BY_COLUMNS) * (problem.scale / LOG2E))
+
+    pipeline([(head,) for head in range(heads.count)], start, soften, finish)
     _write(dq_ref, tiles)
 
     @pl.when(index == pl.num_programs(1) - 1)
@@ -121,6 +122,15 @@ def _backward_kernel(
             for head in range(heads.count):
                 heads.scatter(tiles, head, total[head] * factor)
             _write(ref, tiles)
+
+
+def _slopes(scores, d_weights, dtype):
+    """Softmax weights and gradients of the logits, [keys, queries]; columns that see no key are zero."""
+    peak = scores.max(0, keepdims=True)
+    weights = jnp.exp2(scores - peak)
+    weights = weights * jnp.where(peak > HIDE / 2, 1.0 / weights.sum(0, keepdims=True), 0.0)
+    slope = weights * (d_weights - (weights * d_weights).sum(0, keepdims=True))
+    return weights.astype(dtype), slope.astype(dtype)
 
 
 def _write(ref, tiles):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 CHIPS = {  # device_kind, in lower case, contains → our name
     "v5 lite": "v5e",
@@ -59,6 +60,24 @@ class Call:
         present = sorted(self.extras.intersection(names))
         if present:
             raise Unsupported(f"{' and '.join(present)} not served")
+
+
+def kept(x, name: str | None):
+    """A tensor that policies of jax.checkpoint may keep under a name. They keep its bits: jax 0.10 rounds kept floating-point
+    tensors to the precision that they have, which behind a kernel is a pass of its own. Bits have no gradients: this is
+    for rules of kernels, `named` for all else."""
+    if name is None:
+        return x
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    return jax.lax.bitcast_convert_type(checkpoint_name(bits, name), x.dtype)
+
+
+named = jax.custom_jvp(kept, nondiff_argnums=(1,))
+
+
+@named.defjvp
+def _named_jvp(name, primals, tangents):
+    return kept(*primals, name), *tangents
 
 
 def repeat(arrays, batch: int):

@@ -45,6 +45,7 @@ def stdit_attention(
     norm_before_rope: bool = True,
     kv_mask=None,
     pieces: int = 1,
+    name: str | None = None,
     implementation: str | None = None,
 ):
     """[B, T, S, C].
@@ -53,6 +54,7 @@ def stdit_attention(
     rope: (cos, sin), each [row, head_dim], for interleaved pairs; row is S in spatial and T in temporal mode.
     norm_before_rope: False for Open-Sora 1.1, which rotates first. kv_mask: [B, row] bool, True = visible.
     pieces: rows lie in so many pieces, each of all samples [pieces * B, T, S, 3C] (parallel/pieces.py); so does the result.
+    name: by which policies of jax.checkpoint may keep the result, with what else a kernel's backward pass asks for.
     """
     if mode not in ("spatial", "temporal"):
         raise ValueError(f"stdit_attention: mode={mode!r} is unknown; choose spatial or temporal")
@@ -73,7 +75,7 @@ def stdit_attention(
     call = Call(mode, b * t * s // row, row, row, num_heads, head_dim, str(qkv_btsc.dtype), extras)
     fused = _fused(call, implementation)
     arrays = {"q_scale": q_scale, "k_scale": k_scale, "rope": rope, "kv_mask": kv_mask}
-    static = {"num_heads": num_heads, "mode": mode, "norm_before_rope": norm_before_rope}
+    static = {"num_heads": num_heads, "mode": mode, "norm_before_rope": norm_before_rope, "name": name}
     if pieces > 1 and (fused is None or not fused.takes_pieces(mode, pieces, row)):
         whole = in_pieces.join(qkv_btsc, pieces, ROW[mode])
         out = stdit_attention(whole, implementation=implementation, **static, **arrays)
@@ -105,7 +107,9 @@ def _fused(call: Call, implementation: str | None) -> ModuleType | None:
     return FUSED.get(name)
 
 
-def composed(qkv_btsc, *, num_heads, mode, q_scale, k_scale, rope, norm_before_rope, kv_mask=None, implementation=None):
+def composed(
+    qkv_btsc, *, num_heads, mode, q_scale, k_scale, rope, norm_before_rope, kv_mask=None, name=None, implementation=None
+):
     """The same through XLA's split, norm and rotation and one of `attention`'s back ends."""
     b, t, s, c3 = qkv_btsc.shape
     # Pinned, with its cotangent: left to propagation, the gradient of the projection misses devices of `context`.
@@ -120,4 +124,4 @@ def composed(qkv_btsc, *, num_heads, mode, q_scale, k_scale, rope, norm_before_r
     mask = None if kv_mask is None else jnp.repeat(kv_mask, outer, axis=0)
     out = dispatch.attention(q, k, qkv[:, :, 2], kv_mask=mask, implementation=implementation)
     out = out.reshape(b, outer, row, c3 // 3)
-    return out.swapaxes(1, 2) if mode == "temporal" else out
+    return spec.named(out.swapaxes(1, 2) if mode == "temporal" else out, name)

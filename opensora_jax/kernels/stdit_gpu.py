@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from opensora_jax.kernels import gpu_blocks
+from opensora_jax.kernels import gpu_blocks, spec
 from opensora_jax.kernels.pallas_gpu import LOG2E, dot, dots, interpreted, pieces
 from opensora_jax.kernels.spec import Call, Unsupported
 from opensora_jax.kernels.xla import HIDDEN
@@ -50,7 +50,9 @@ def takes_pieces(mode: str, pieces: int, row: int) -> bool:
     return False
 
 
-def stdit_attention(qkv_btsc, *, num_heads, mode, q_scale, k_scale, rope, norm_before_rope, kv_mask=None, blocks=None):
+def stdit_attention(
+    qkv_btsc, *, num_heads, mode, q_scale, k_scale, rope, norm_before_rope, kv_mask=None, name=None, blocks=None
+):
     """`blocks` (rows of one score tile, unless a row alone is longer; warps) instead of the table's."""
     b, t, s, c3 = qkv_btsc.shape
     temporal = mode == "temporal"
@@ -68,7 +70,8 @@ def stdit_attention(qkv_btsc, *, num_heads, mode, q_scale, k_scale, rope, norm_b
         extras["rope"] = jnp.stack([table.astype(jnp.float32) for table in rope])
     if kv_mask is not None:
         extras["visible"] = kv_mask.astype(jnp.int32)
-    return _fused(qkv_btsc.reshape(b, t, s, 3, num_heads, head_dim), extras, layout).reshape(b, t, s, c3 // 3)
+    out = _fused(qkv_btsc.reshape(b, t, s, 3, num_heads, head_dim), extras, layout).reshape(b, t, s, c3 // 3)
+    return spec.named(out, name)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

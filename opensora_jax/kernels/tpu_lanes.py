@@ -53,10 +53,53 @@ class Heads(NamedTuple):
 
     def own(self, head: int, rows: int):
         """[rows, 128] bool: lanes of the head."""
+        return self.within(head, jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1))
+
+    def within(self, head: int, lane):
         _, first, spans = self.place(head)
-        lane = jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
         last = first + self.dim
         return (lane >= first) | (lane < last - LANES) if spans else (lane >= first) & (lane < last)
+
+    @property
+    def rows(self) -> int:
+        """Of a head whose lanes were turned into rows: its own where they are whole sublanes, else all 128."""
+        return LANES if self.dim % 8 else self.dim
+
+    @property
+    def sums(self) -> int:
+        """Rows of ones that those lack, for a product to return sums."""
+        return 0 if self.rows == LANES else 8
+
+    def take_rows(self, x, head: int):
+        """[128, n], a head's tile transposed → its own rows, in any order that put_rows undoes."""
+        if self.rows == LANES:
+            return x
+        _, first, spans = self.place(head)
+        end = first + self.dim
+        return jnp.concatenate([x[first:], x[: end - LANES]], 0) if spans else x[first:end]
+
+    def put_rows(self, x, head: int):
+        """[128, n] again, zero in foreign rows."""
+        if self.rows == LANES:
+            return jnp.where(self.within(head, jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)), x, 0.0)
+        _, first, spans = self.place(head)
+        zeros = lambda n: jnp.zeros((n, x.shape[1]), x.dtype)
+        if spans:
+            return jnp.concatenate([x[LANES - first :], zeros(LANES - self.dim), x[: LANES - first]], 0)
+        parts = (zeros(first), x, zeros(LANES - self.dim - first))
+        return jnp.concatenate([part for part in parts if part.shape[0]], 0)
+
+    def put(self, turned, head: int, x):
+        """Writes a head's own rows of x, as take_rows gives them, to channels [C, n]; heads must come in order."""
+        tile, first, spans = self.place(head)
+        if self.rows != LANES:
+            turned[tile * LANES + first : tile * LANES + first + self.dim] = x[: self.dim]
+            return
+        at = slice(tile * LANES, (tile + 1) * LANES)
+        sublane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+        turned[at] = jnp.where(sublane >= first, x, turned[at]) if first else x
+        if spans:
+            turned[(tile + 1) * LANES : (tile + 2) * LANES] = x
 
     def gather(self, read, head: int):
         """[rows, 128] of the head with its neighbours in the foreign lanes; read(tile) → [rows, 128]."""

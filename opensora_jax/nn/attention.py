@@ -53,6 +53,7 @@ class SelfAttention(nnx.Module):
         x_btsc being [pieces * B, ...] (parallel/pieces.py)."""
         if mode == "full" and shares() > 1:
             out = full_attention(*self.project(x_btsc[:, 0]), visible=visible).reshape(x_btsc.shape)
+            out = checkpoint_name(out, "attention_out")
         else:
             out = stdit_attention(
                 self.qkv(x_btsc) if modulation is None else self._modulated_qkv(x_btsc, *modulation),
@@ -64,8 +65,8 @@ class SelfAttention(nnx.Module):
                 norm_before_rope=self.norm_before_rope,
                 kv_mask=kv_mask,
                 pieces=pieces,
+                name="attention_out",
             )
-        out = checkpoint_name(out, "attention_out")
         return self.proj(out) if onto is None else project_onto(*onto, self.proj, out)
 
     def _modulated_qkv(self, x_btsc, shift, scale):

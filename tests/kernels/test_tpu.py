@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from opensora_jax.kernels import spec, stdit_tpu
+from opensora_jax.kernels import spec, stdit_tpu, stdit_tpu_backward, tpu_slopes
 from opensora_jax.kernels.attention import attention
 from opensora_jax.kernels.spec import Unsupported
 from opensora_jax.kernels.stdit import ROW, stdit_attention
+from opensora_jax.kernels.tpu_lanes import Heads
 from opensora_jax.parallel import pieces
 from tests.kernels.cases import BY_NAME, CASES
 from tests.kernels.compare import GRADIENT, check, relative
@@ -41,9 +42,53 @@ def test_fused_rows_match_float64(name, dtype):
     check(case, dtype, run)
 
 
-def through_pieces(run, qkv, *, mode, **options):
-    out = run(pieces.cut(qkv, 4, ROW[mode]), mode=mode, pieces=4, **options)
-    return pieces.join(out, 4, ROW[mode])
+@pytest.mark.parametrize("straight, parts", [(1, 1), (9, 1), (9, 2)])
+def test_gradients_of_rows_in_many_tiles(straight, parts, monkeypatch):
+    monkeypatch.setitem(stdit_tpu.QUERY_BLOCK, "backward", 48)
+    monkeypatch.setattr(stdit_tpu_backward, "STRAIGHT", straight)
+    monkeypatch.setattr(tpu_slopes, "KEY_TILE", 64)
+    monkeypatch.setattr(tpu_slopes, "QUERY_TILE", 32)
+    keys, head_dim = (112, 96) if parts == 1 else (256, 32)
+    case = replace(BY_NAME["v1.3 window T=15"], batch=1, queries=1, keys=keys, heads=4, head_dim=head_dim)
+    run = functools.partial(stdit_attention, implementation="pallas_tpu")
+    check(case, "float32", functools.partial(through_pieces, run, parts=parts) if parts > 1 else run)
+
+
+@pytest.mark.parametrize("heads", [Heads(16, 72), Heads(32, 12), Heads(4, 32)])
+def test_rows_of_a_head_come_back_to_their_lanes(heads):
+    for head in range(heads.count):
+        x = jax.random.normal(jax.random.key(head), (8, 128))
+        rows = heads.take_rows(x.T, head)
+        assert rows.shape == (heads.rows, 8)
+        assert (jnp.where(heads.own(head, 8), x, 0) == heads.put_rows(rows, head).T).all()
+
+
+@pytest.mark.parametrize("mode", ["spatial", "temporal"])
+def test_what_is_kept_by_name_is_not_computed_again(mode):
+    attend = functools.partial(stdit_attention, num_heads=4, mode=mode, implementation="pallas_tpu", name="kept")
+
+    def forward_kernels(policy):
+        again = jax.checkpoint(lambda x: jnp.sin(attend(jnp.sin(x))).sum(), policy=policy)
+        with spec.target("v6e"):
+            jaxpr = jax.make_jaxpr(jax.grad(again))(jax.ShapeDtypeStruct((1, 2, 128, 3 * 384), jnp.bfloat16)).jaxpr
+        return results_read(jaxpr, f"stdit_{mode}")
+
+    assert forward_kernels(jax.checkpoint_policies.nothing_saveable) == 2
+    assert forward_kernels(jax.checkpoint_policies.save_only_these_names("kept")) == 1
+
+
+def results_read(jaxpr, name):
+    """Kernels whose results somebody reads; the compiler drops the others."""
+    read = {id(x) for equation in jaxpr.eqns for x in equation.invars} | {id(x) for x in jaxpr.outvars}
+    params = (value for equation in jaxpr.eqns for value in equation.params.values())
+    inside = (results_read(x, name) for x in (getattr(value, "jaxpr", value) for value in params) if hasattr(x, "eqns"))
+    called = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "pallas_call" and eqn.params["name"] == name)
+    return sum(any(id(x) in read for x in equation.outvars) for equation in called) + sum(inside)
+
+
+def through_pieces(run, qkv, *, mode, parts=4, **options):
+    out = run(pieces.cut(qkv, parts, ROW[mode]), mode=mode, pieces=parts, **options)
+    return pieces.join(out, parts, ROW[mode])
 
 
 @pytest.mark.parametrize("name, heads, head_dim", [("v1.0 cross 64x512 text 120", 4, 96), ("v2.0 joint 256px", 2, 128)])

@@ -1,0 +1,144 @@
+"""Our spatial kernels for TPUs against jax's own splash attention, by what the compiler says of whole programs.
+
+    python -m benchmarks.tpu_schedule --stock        # v6e and v5e; libtpu, no TPU; 20 minutes of CPU
+
+Both programs project rows of tokens to q, k, v, attend in heads of 72 and project back, forward, and forward with backward;
+the library's has the transposes that its layout needs. A total is what XLA says of all that is outside kernels (its cycles;
+copies by their traffic, as plan/hlo.py counts) and the static schedules of the kernels, never less than their traffic: all
+ESTIMATES. A second ratio has XLA's cycles for copies too, which are several times their traffic. The library runs with the
+best of a few block sizes, chosen by the same totals.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from opensora_jax.plan import bundles, chips, hlo
+from opensora_jax.plan.libtpu import QUIET, dump_to
+
+ROWS, TOKENS, HEADS, HEAD_DIM = 8, 1024, 16, 72
+# Queries, keys in memory, keys at once.
+FORWARD = ((512, 1024, 512), (1024, 1024, 512), (1024, 1024, 1024))
+BACKWARD = ((512, 1024, 512), (1024, 1024, 512), (1024, 1024, 1024))
+
+
+def splash(forward, backward):
+    """The library's kernel; dq, dk and dv of one kernel, which is its faster form."""
+    import jax
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    sizes = dict(zip(("block_q", "block_kv", "block_kv_compute"), forward))
+    sizes |= dict(zip(("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"), backward or forward))
+    mask = masks.MultiHeadMask([masks.FullMask((TOKENS, TOKENS))] * HEADS)
+    run = kernel.make_splash_mha_single_device(mask, block_sizes=kernel.BlockSizes(**sizes, use_fused_bwd_kernel=True))
+
+    def attend(qkv):
+        q, k, v = qkv.reshape(ROWS, TOKENS, 3, HEADS, HEAD_DIM).transpose(2, 0, 3, 1, 4)
+        return jax.vmap(run)(q * HEAD_DIM**-0.5, k, v).swapaxes(1, 2).reshape(ROWS, TOKENS, HEADS * HEAD_DIM)
+
+    return attend
+
+
+def ours():
+    from opensora_jax.kernels.stdit import stdit_attention
+
+    attend = lambda qkv: stdit_attention(qkv[None], num_heads=HEADS, implementation="pallas_tpu")[0]
+    return attend
+
+
+def compile_program(attend, chip: str, topology: str, backward: bool) -> None:
+    """In a process of its own; prints the program, while schedules land in the dump folder."""
+    import jax
+    from jax.experimental import topologies
+    from jax.experimental.layout import Format, Layout
+    from jax.sharding import SingleDeviceSharding
+
+    from opensora_jax.kernels import spec
+
+    channels = HEADS * HEAD_DIM
+    shapes = [(ROWS, TOKENS, channels), (channels, 3 * channels), (channels, channels)]
+    shapes = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in shapes]
+    layer = lambda x, qkv, out: attend(x @ qkv) @ out
+
+    def both(x, qkv, out):
+        y, pull = jax.vjp(layer, x, qkv, out)
+        return y, pull(y)
+
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    run = both if backward else layer
+    place = lambda x: Format(Layout(tuple(range(x.ndim))), SingleDeviceSharding(device))
+    with spec.target(chip):
+        outputs = jax.tree.map(place, jax.eval_shape(run, *shapes))
+        traced = jax.jit(run, in_shardings=tuple(map(place, shapes)), out_shardings=outputs).trace(*shapes)
+        print(traced.lower(lowering_platforms=("tpu",)).compile().as_text())
+
+
+def measure(blocks, chip: str, backward: bool) -> dict:
+    """Milliseconds outside and inside kernels; blocks: the library's, forward and backward, or None for ours."""
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = QUIET | {"TPU_LOG_DIR": folder, "LIBTPU_INIT_ARGS": dump_to(folder), "XLA_FLAGS": ""}
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.tpu_schedule",
+            "--chips",
+            chip,
+            "--compile-stock",
+            json.dumps(blocks),
+        ]
+        command += ["--backward"] * backward
+        done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True, timeout=1800)
+        if done.returncode:
+            refused = done.stderr.strip().splitlines()[-1][:200]
+            return {"refused": refused} | dict.fromkeys(("total_ms", "xla_total_ms"), float("inf"))
+        module = hlo.parse(done.stdout)
+        found, machine = hlo.contents(module, {}), chips.CHIPS[chip]
+        outside = found.cycles / machine.clock + found.traffic / machine.bandwidth
+        traffic = {op.name: module.traffic(op) for op, _, _ in module.walk() if op.is_kernel}
+        kernels = {
+            name: max(bundles.seconds({name: count}, Path(folder), machine.clock), count * traffic[name] / machine.bandwidth)
+            for name, count in found.kernel_calls.items()
+        }  # fmt: skip
+        cycles = sum(op.cycles * times for op, times, fused in module.walk() if not (fused or op.is_kernel))
+    inside = sum(kernels.values())
+    parts = {"outside_ms": outside * 1e3, "kernels_ms": {name: value * 1e3 for name, value in kernels.items()}}
+    return parts | {"total_ms": 1e3 * (outside + inside), "xla_total_ms": 1e3 * (cycles / machine.clock + inside)}
+
+
+def report(wanted) -> list[dict]:
+    """Prints a table; its rows come back."""
+    records = []
+    print(
+        "| program | chip | pass | outside kernels ms (ESTIMATE) | kernels ms | total | against ours | "
+        "total with XLA's cycles for copies | against ours |"
+    )
+    print("|" + "---|" * 9)
+
+    def row(name, chip, backward, blocks, against=None):
+        record = {"program": name, "chip": chip, "backward": backward} | measure(blocks, chip, backward)
+        records.append(record)
+        cells = [name, chip, "forward and backward" if backward else "forward"]
+        cells += [record["refused"]] if "refused" in record else [
+            f"{record['outside_ms']:.3f}", " + ".join(f"{value:.3f}" for value in record["kernels_ms"].values()),
+            *(cell for key in ("total_ms", "xla_total_ms")
+              for cell in (f"{record[key]:.3f}", f"{record[key] / against[key]:.2f}" if against else "")),
+        ]  # fmt: skip
+        print("| " + " | ".join(cells) + " |", flush=True)
+        return record
+
+    for chip in wanted:
+        forward, both = (row("stdit_attention", chip, backward, None) for backward in (False, True))
+        name = lambda blocks: "splash " + "/".join(map(str, blocks))
+        tried = {blocks: row(name(blocks), chip, False, (blocks, None), forward) for blocks in FORWARD}
+        fastest = min(tried, key=lambda blocks: tried[blocks]["total_ms"])
+        after = [row(f"{name(fastest)}, {name(blocks)}", chip, True, (fastest, blocks), both) for blocks in BACKWARD]
+        best = min(after, key=lambda record: record["total_ms"])
+        for key in ("total_ms", "xla_total_ms"):
+            first, second = (stock[key] / own[key] for stock, own in ((tried[fastest], forward), (best, both)))
+            alone = (best[key] - tried[fastest][key]) / (both[key] - forward[key])
+            print(f"{chip}, {key}: {first:.2f} forward, {second:.2f} with backward, {alone:.2f} backward alone")
+    return records

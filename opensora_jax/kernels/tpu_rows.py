@@ -1,0 +1,66 @@
+"""What the spatial and cross-attention kernels for TPUs share: heads out of rows of tokens, and which tokens count."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from opensora_jax.kernels.tpu_lanes import HIDE, LANES, Heads, Preparation, aligned, at_lane, norm_weight
+
+
+def extra_specs(extras, problem):
+    """Norm weights and tables stay put; the key mask moves with the row, over and over again where rows are more."""
+    whole = lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
+    specs = {name: whole(x) for name, x in extras.items()}
+    if "hidden" in extras:
+        specs["hidden"] = pl.BlockSpec(
+            (1, problem.padded, LANES),
+            lambda row, *_: (jax.lax.rem(jax.lax.div(row, problem.outer), extras["hidden"].shape[0]), 0, 0),
+        )
+    return specs
+
+
+def whole_row(problem, rows: int, channels: int) -> tuple[int, ...]:
+    """A block of all pieces of a row; `rows`: with what lies beyond the last token of a row in one piece."""
+    return (problem.pieces, 1, problem.piece if problem.pieces > 1 else rows, channels)
+
+
+def preparation(problem, extras, head, which, first, rows, dtype):
+    """The preparation of q or k for `rows` rows from `first`."""
+    tables = (None, None)
+    if "rope" in extras:
+        tables = tuple(aligned(extras["rope"][i, pl.ds(first, rows), :], problem.heads, head) for i in range(2))
+    weight = norm_weight(problem.heads, head, which, extras.get("norm"))
+    return Preparation(weight, *tables, problem.norm_first, problem.heads.dim, dtype, matrix_sums=False)
+
+
+def reader(ref, which, heads: Heads, at=(...,)):
+    """tile → [rows, 128] of q (0), k (1) or v (2) in a block [.., rows, n*C]; at: which of its rows."""
+    start = which * heads.tiles
+    return lambda tile: ref[(*at, slice((start + tile) * LANES, (start + tile + 1) * LANES))].reshape(-1, LANES)
+
+
+def rows_inside(rows: int, size, first=0):
+    """[rows, 128] bool: rows that exist."""
+    return first + jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 0) < size
+
+
+def own_float(read, heads, head, rows, valid):
+    """A head in float32, zero in foreign lanes and in rows that do not exist."""
+    keep = heads.own(head, rows) if valid is None else heads.own(head, rows) & valid
+    return jnp.where(keep, heads.gather(read, head).astype(jnp.float32), 0.0)
+
+
+def hide_keys(k, head, problem, extras, valid):
+    """Prepared keys with the logit of hidden keys in the spare lane."""
+    lane = problem.heads.spare(head)
+    if "hidden" in extras:
+        k = at_lane(k, lane, extras["hidden"][0].astype(k.dtype))
+    return k if valid is None else at_lane(k, lane, jnp.where(valid, k, jnp.asarray(HIDE, k.dtype)))
+
+
+def rows_shown(problem, extras, valid):
+    """[padded, 128] bool or None: keys that exist and are not hidden."""
+    if "hidden" not in extras:
+        return valid
+    shown = extras["hidden"][0] > HIDE / 2
+    return shown if valid is None else shown & valid
