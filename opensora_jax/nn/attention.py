@@ -45,17 +45,18 @@ class SelfAttention(nnx.Module):
         self.k_norm = RMSNorm(features // heads, param_dtype=param_dtype) if qk_norm else None
 
     def __call__(
-        self, x_btsc, *, mode: str, rope=None, kv_mask=None, visible=None, modulation=None, onto=None, pieces=1
+        self, x_btsc, *, mode: str, rope=None, kv_mask=None, visible=None, modulation=None, gate=None, pieces=1
     ):
         """visible: [S] numpy bool, tokens that are no padding (mode "full"). modulation: (shift, scale), each [B, 1 or T,
         1, C], where x is the bare stream: it is normalised (no weights, eps 1e-6) and modulated first. Without a scale
-        it is only shifted. onto: (x, gate), for x + gate · result. pieces: of the rows that are attended over,
+        it is only shifted. gate: with a modulation, for x + gate · result. pieces: of the rows that are attended over,
         x_btsc being [pieces * B, ...] (parallel/pieces.py)."""
         if mode == "full" and shares() > 1:
             out = full_attention(*self.project(x_btsc[:, 0]), visible=visible).reshape(x_btsc.shape)
         else:
+            qkv, x_btsc = (self.qkv(x_btsc), x_btsc) if modulation is None else self._modulated_qkv(x_btsc, *modulation)
             out = stdit_attention(
-                self.qkv(x_btsc) if modulation is None else self._modulated_qkv(x_btsc, *modulation),
+                qkv,
                 num_heads=self.heads,
                 mode="spatial" if mode == "full" else mode,
                 q_scale=None if self.q_norm is None else self.q_norm.scale[...],
@@ -66,7 +67,7 @@ class SelfAttention(nnx.Module):
                 pieces=pieces,
             )
         out = checkpoint_name(out, "attention_out")
-        return self.proj(out) if onto is None else project_onto(*onto, self.proj, out)
+        return self.proj(out) if gate is None else project_onto(x_btsc, gate, self.proj, out)
 
     def _modulated_qkv(self, x_btsc, shift, scale):
         kernel = self.qkv.kernel[...]
@@ -96,7 +97,7 @@ class CrossAttention(nnx.Module):
 
     def onto(self, x_btsc, y, text_mask=None, segments=None):
         """x + result."""
-        q = modulated.linear(x_btsc, None, None, self.q_linear.kernel[...], self.q_linear.bias[...])
+        q, x_btsc = modulated.linear(x_btsc, None, None, self.q_linear.kernel[...], self.q_linear.bias[...])
         out = self._attend(q.reshape(x_btsc.shape[0], -1, q.shape[-1]), y, text_mask, segments)
         return project_onto(x_btsc, None, self.proj, out.reshape(x_btsc.shape))
 
