@@ -13,8 +13,6 @@ passes over the stream and the MLP's hidden activations stay in fast memory. Bac
 XLA's products. Elsewhere XLA runs the composition below.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 

@@ -78,7 +78,11 @@ def _call(name, kernel, streams, vectors, layers, outputs, scratch, interpret):
     return pl.pallas_call(
         kernel,
         grid=(batch, -(-frames // block.frames), -(-positions // block.positions)),
-        in_specs=[[rows(a.shape[-1]) for a in streams], [vector_spec(v, block) for v in vectors], [whole(a) for a in weights]],
+        in_specs=[
+            [rows(a.shape[-1]) for a in streams],
+            [vector_spec(v, block) for v in vectors],
+            [whole(a) for a in weights],
+        ],
         out_specs=rows(outputs),
         out_shape=jax.ShapeDtypeStruct((*x.shape[:3], outputs), x.dtype),
         scratch_shapes=[*map(bf16, scratch)],

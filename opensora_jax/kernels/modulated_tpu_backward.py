@@ -23,7 +23,11 @@ def linear(x, shift, scale, kernel, bias, d_y, d_x, *, eps, interpret=None):
     """Gradients of x, shift, scale, kernel and bias; d_x: what else flows into x, added on the way."""
     run = functools.partial(_linear_kernel, eps=eps, normalised=scale is not None, shifted=shift is not None)
     channels, width = kernel.shape
-    sums = {"bias": width} | ({} if shift is None else {"shift": channels}) | ({} if scale is None else {"scale": channels})
+    sums = (
+        {"bias": width}
+        | ({} if shift is None else {"shift": channels})
+        | ({} if scale is None else {"scale": channels})
+    )
     kept = {} if scale is None else {"h": channels}
     out = _call(
         "linear", run, {"x": x, "d_y": d_y, "d_x": d_x}, (shift, scale), {"kernel": kernel},

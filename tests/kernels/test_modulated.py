@@ -1,14 +1,17 @@
 """Norm, modulation and products as one TPU kernel: in the interpreter against float64, under a mesh, lowered to Mosaic."""
 
 import functools
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from opensora_jax import work
 from opensora_jax.kernels import modulated, spec
 from opensora_jax.kernels.spec import Unsupported
+from opensora_jax.nn.remat import named
 from opensora_jax.parallel import shard
 from tests.kernels.compare import FORWARD, GRADIENT, relative
 
@@ -69,7 +72,9 @@ def test_composition_matches_float64():
 
 
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("frames, positions, vectors", [(3, 24, 3), (9, 24, 9), (2, 530, 1)])  # ragged in frames, positions
+@pytest.mark.parametrize(
+    "frames, positions, vectors", [(3, 24, 3), (9, 24, 9), (2, 530, 1)]
+)  # ragged in frames, positions
 def test_gradients_match_float64(frames, positions, vectors, gated):
     x, (shift, scale, gate), (first, second) = inputs(frames, positions, vectors)
     gate, one = gate if gated else None, shift[:1]  # one: shared by all samples
@@ -94,7 +99,9 @@ def check_gradients(composed, fused, *arrays):
         loss = lambda arrays: sum(jnp.vdot(r, f) for r, f in zip(jax.tree.leaves(run(*arrays)), factors, strict=True))
         return jax.tree.leaves(jax.grad(loss)(arrays))
 
-    ours = jax.jit(lambda arrays: gradients(functools.partial(fused, implementation="pallas_tpu"), factors, arrays))(arrays)
+    ours = jax.jit(lambda arrays: gradients(functools.partial(fused, implementation="pallas_tpu"), factors, arrays))(
+        arrays
+    )
     with jax.enable_x64(True):
         wide = lambda tree: jax.tree.map(lambda a: jnp.asarray(np.asarray(a.astype(jnp.float32)), jnp.float64), tree)
         exact = gradients(functools.partial(float64_composition, composed, static), wide(factors), wide(arrays))
@@ -107,6 +114,41 @@ def float64_composition(composed, static, *arrays):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jnp, "float32", jnp.float64)
         return composed(*arrays, **static)
+
+
+def test_weights_that_stand_still_cost_no_product():
+    x, (shift, scale, gate), (first, second) = inputs(2, 16, 2)
+    loss = lambda weights, x: modulated.mlp(
+        x, shift, scale, gate, *weights, implementation="pallas_tpu"
+    ).astype(jnp.float32).sum()  # fmt: skip
+
+    def flops(*trained):
+        gradients = jax.jit(jax.grad(loss, argnums=trained))
+        return gradients.lower((first, second), x).compile().cost_analysis()["flops"]
+
+    products = 2 * 2 * x.size // C * C * 4 * C  # of both kernels' gradients
+    assert flops(0, 1) - flops(1) == pytest.approx(products, rel=0.05)
+
+
+def test_policies_decide_what_runs_again():
+    """Forward by kernels, and again only what the backward pass asks for: of the MLP, the last of a layer, nothing."""
+    x, (shift, scale, gate), (first, second) = inputs(2, 16, 2)
+
+    def layer(x, weights):
+        first, second = weights
+        q, x = modulated.linear(x, shift, scale, *first, implementation="pallas_tpu")
+        x = modulated.project(x, named(q, "kept"), gate, *second, implementation="pallas_tpu")
+        return modulated.mlp(x, shift, scale, gate, first, second, implementation="pallas_tpu")
+
+    def calls(*names):
+        run = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*names))
+        gradients = jax.grad(lambda x, weights: run(x, weights).astype(jnp.float32).sum(), argnums=(0, 1))
+        kernels = work.count(jax.make_jaxpr(gradients)(x, (first, second))).kernels
+        return Counter(kernel.name.removeprefix("modulated_") for kernel in kernels)
+
+    backward = {"linear_backward": 1, "project_backward": 1, "mlp_backward": 1}
+    assert calls() == {"linear": 2, "project": 2, "mlp": 1} | backward
+    assert calls("kept") == {"linear": 1, "project": 2, "mlp": 1} | backward
 
 
 def test_under_a_mesh_with_gradients():
