@@ -65,6 +65,14 @@ class Module:
         written = [op.type, *(self.types.get(name, "") for name in op.operands)]
         return sum(size for text in written for _, size in arrays(text))
 
+    def alike(self) -> dict[str, list[str]]:
+        """Of each kernel's instruction: all of its kind that take and give arrays of the same shapes."""
+        found: dict[tuple, list[str]] = {}
+        for op in (op for computation in self.computations.values() for op in computation if op.is_kernel):
+            shapes = [ARRAY.findall(text) for text in (op.type, *(self.types.get(name, "") for name in op.operands))]
+            found.setdefault((re.sub(r"\.\d+$", "", op.name), str(shapes)), []).append(op.name)
+        return {name: names for names in found.values() for name in names}
+
     def walk(self, name: str = "", times: int = 1, fused: bool = False) -> Iterator[tuple[Instruction, int, bool]]:
         """Every instruction that runs, of the program or one computation: with how often, and whether it lies inside a
         fusion."""

@@ -69,7 +69,7 @@ def compiled(
     plan = described(cfg, topology, program)
     kernels, kernels_from = estimate.call_seconds(arithmetic.kernels, topology), LOWER_BOUND
     if schedules:
-        scheduled = bundles.call_seconds(Path(schedules), topology.chip.clock)
+        scheduled = bundles.call_seconds(Path(schedules), topology.chip.clock, module.alike())
         kernels, kernels_from = lambda name: max(kernels(name), scheduled(name)), "their static schedules"
     kernel_seconds = {name: kernels(name) for name in inside.kernel_calls}
 
