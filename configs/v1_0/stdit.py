@@ -28,5 +28,5 @@ def get_config(variant: str = "64x512") -> ConfigDict:
         config.mesh.fsdp = 1
     elif variant == "whole_clips":
         config.mesh = {"data": -1, "fsdp": 8, "rules": "fsdp"}
-        config.model.remat = "names"
+        config.model.remat = "spatial"
     return config

@@ -13,8 +13,11 @@ passes over the stream and the MLP's hidden activations stay in fast memory. Bac
 XLA's products. Elsewhere XLA runs the composition below.
 """
 
+from types import MappingProxyType
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from opensora_jax.kernels import modulated_tpu, modulated_tpu_backward, spec
 from opensora_jax.kernels.sharded import over_mesh
@@ -32,9 +35,10 @@ def linear(x, shift, scale, kernel, bias, *, eps: float = 1e-6, implementation: 
     return _run("linear", arrays, (kernel.shape[1], x.shape[-1]), eps, implementation)
 
 
-def project(x, a, gate, kernel, bias, *, implementation: str | None = None):
+def project(x, a, gate, kernel, bias, *, name: str | None = None, implementation: str | None = None):
+    """name: of `a`, under which remat policies find it."""
     arrays = {"x": x, "a": a, "gate": gate, "kernel": kernel, "bias": bias}
-    return _run("project", arrays, x.shape[-1], None, implementation)
+    return _run("project", arrays, x.shape[-1], None, implementation, {} if name is None else {"a": name})
 
 
 def mlp(x, shift, scale, gate, first, second, *, eps: float = 1e-6, implementation: str | None = None):
@@ -82,9 +86,11 @@ def _project(x, kernel, bias):
     return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
 
 
-def _run(name, arrays, outputs, eps, implementation):
+def _run(name, arrays, outputs, eps, implementation, kept=MappingProxyType({})):
+    """kept: names of arrays for remat policies."""
     static = {} if eps is None else {"eps": eps}
     if not _fuses(arrays, implementation):
+        arrays |= {key: checkpoint_name(arrays[key], kept[key]) for key in kept}
         return COMPOSED[name](**arrays, **static)
     # Weights travel to every device in the dtype that they are used in.
     weights = {key: a for key, a in arrays.items() if key not in (*STREAMS, *VECTORS)}
@@ -95,25 +101,39 @@ def _run(name, arrays, outputs, eps, implementation):
     names |= jax.tree.map(lambda a: (None,) * a.ndim, weights)
     shape = jax.tree.map(lambda width: (*x.shape[:3], width), outputs)
     out_names = jax.tree.map(lambda _: STREAM, outputs)
-    run = _differentiable(name, tuple(arrays), static)
+    run = _differentiable(name, tuple(arrays), static, kept)
     return over_mesh(lambda **given: run(*(given[key] for key in arrays)), arrays, names, shape, out_names)
 
 
-def _differentiable(name: str, order: tuple[str, ...], static: dict):
+def _differentiable(name: str, order: tuple[str, ...], static: dict, kept):
     """The kernel of the arrays in this order."""
+
+    hands_on, x = name == "linear", order.index("x")
 
     @jax.custom_vjp
     def run(*values):
-        given = dict(zip(order, values))
-        y = getattr(modulated_tpu, name)(**given, **static)
-        return (y, given["x"]) if name == "linear" else y
+        y = getattr(modulated_tpu, name)(**dict(zip(order, values)), **static)
+        return (y, values[x]) if hands_on else y
+
+    def forward(*values):
+        values = [_named(a, kept[key]) if key in kept else a for key, a in zip(order, values)]
+        # Not the kernel itself: jax never drops one whose result is not read, as that of a repeated forward pass may be.
+        y = run(*values)
+        return ((y[0], values[x]) if hands_on else y), values
 
     def backward(values, d):
         gradients = getattr(modulated_tpu_backward, name)
-        return gradients(*values, *(d if name == "linear" else (d,)), **static)
+        return gradients(*values, *(d if hands_on else (d,)), **static)
 
-    run.defvjp(lambda *values: (run(*values), values), backward)
+    run.defvjp(forward, backward)
     return run
+
+
+def _named(x, name: str):
+    """Policies keep its bits: jax 0.10 rounds kept floating-point tensors to the precision that they have, which behind a
+    kernel is a pass of its own. For forward rules only, because bits have no gradient."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    return jax.lax.bitcast_convert_type(checkpoint_name(bits, name), x.dtype)
 
 
 COMPOSED = {"linear": composed_linear, "project": composed_project, "mlp": composed_mlp}

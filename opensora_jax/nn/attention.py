@@ -5,6 +5,7 @@ The mathematics is in kernels/; here are the projections, the q/k norms and the 
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from opensora_jax.kernels import modulated
 from opensora_jax.kernels.attention import attention
@@ -12,7 +13,6 @@ from opensora_jax.kernels.full import full_attention, shares
 from opensora_jax.kernels.stdit import stdit_attention
 from opensora_jax.nn.linear import Linear, xavier
 from opensora_jax.nn.norms import RMSNorm
-from opensora_jax.nn.remat import named
 
 
 class SelfAttention(nnx.Module):
@@ -66,14 +66,16 @@ class SelfAttention(nnx.Module):
                 kv_mask=kv_mask,
                 pieces=pieces,
             )
-        out = named(out, "spatial_out" if mode == "spatial" else "attention_out")
-        return self.proj(out) if gate is None else project_onto(x_btsc, gate, self.proj, out)
+        name = "spatial_out" if mode == "spatial" else "attention_out"
+        if gate is None:
+            return self.proj(checkpoint_name(out, name))
+        return project_onto(x_btsc, gate, self.proj, out, name)
 
     def _modulated_qkv(self, x_btsc, shift, scale):
         kernel = self.qkv.kernel[...]
         bias = jnp.zeros(kernel.shape[1], kernel.dtype) if self.qkv.bias is None else self.qkv.bias[...]
         qkv, x_btsc = modulated.linear(x_btsc, shift, scale, kernel, bias)
-        return named(qkv, "product"), x_btsc
+        return checkpoint_name(qkv, "product"), x_btsc
 
     def project(self, x_bnc):
         """q, k, v [B, N, heads, head_dim], q and k normalised; without rotation."""
@@ -94,23 +96,24 @@ class CrossAttention(nnx.Module):
         self.proj = Linear(features, features, ("heads", "embed"), init=init_out or xavier, **kwargs)
 
     def __call__(self, x, y, text_mask=None, segments=None):
-        return self.proj(self._attend(self.q_linear(x), y, text_mask, segments))
+        return self.proj(checkpoint_name(self._attend(self.q_linear(x), y, text_mask, segments), "attention_out"))
 
     def onto(self, x_btsc, y, text_mask=None, segments=None):
         """x + result."""
         q, x_btsc = modulated.linear(x_btsc, None, None, self.q_linear.kernel[...], self.q_linear.bias[...])
-        q = named(q, "product")
+        q = checkpoint_name(q, "product")
         out = self._attend(q.reshape(x_btsc.shape[0], -1, q.shape[-1]), y, text_mask, segments)
-        return project_onto(x_btsc, None, self.proj, out.reshape(x_btsc.shape))
+        return project_onto(x_btsc, None, self.proj, out.reshape(x_btsc.shape), "attention_out")
 
     def _attend(self, q, y, text_mask, segments):
         split = lambda a: a.reshape(*a.shape[:-1], self.heads, -1)
         k, v = (split(part) for part in jnp.split(self.kv_linear(y), 2, axis=-1))
         mask = None if text_mask is None else text_mask.astype(bool)
         out = attention(split(q), k, v, kv_mask=mask, segment_ids=segments)
-        return named(out.reshape(q.shape), "attention_out")
+        return out.reshape(q.shape)
 
 
-def project_onto(x, gate, linear, out):
-    """x + gate · linear(out); the gate may be None."""
-    return named(modulated.project(x, out, gate, linear.kernel[...], linear.bias[...]), "product")
+def project_onto(x, gate, linear, out, name):
+    """x + gate · linear(out); the gate may be None. name: of `out`, for remat policies."""
+    x = modulated.project(x, out, gate, linear.kernel[...], linear.bias[...], name=name)
+    return checkpoint_name(x, "product")

@@ -21,9 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from opensora_jax.nn.embeddings import pad_to_patch, patch_3d
-from opensora_jax.nn.remat import named
 from opensora_jax.parallel import pieces, shard
 
 TENSOR_AXES = ("heads", "mlp", "vocab")  # cuts within a layer, which stay with the compiler
@@ -84,7 +84,7 @@ class Sequence:
             return self._exchanged(x)
         x = _padded(x, 2, self.ways)
         x = jax.lax.all_to_all(x, self.axes, split_axis=2, concat_axis=1, tiled=True)
-        return named(x[:, : self.frames], "switched")
+        return checkpoint_name(x[:, : self.frames], "switched")
 
     def by_frame(self, x):
         """The way back."""
@@ -94,11 +94,11 @@ class Sequence:
             return self._exchanged(x)
         x = _padded(x, 1, self.ways)
         x = jax.lax.all_to_all(x, self.axes, split_axis=1, concat_axis=2, tiled=True)
-        return named(x[:, :, : self.rows * self.columns], "switched")
+        return checkpoint_name(x[:, :, : self.rows * self.columns], "switched")
 
     def _exchanged(self, x):
         x = jax.lax.all_to_all(x, self.axes, split_axis=0, concat_axis=0, tiled=True)
-        return named(x, "switched")
+        return checkpoint_name(x, "switched")
 
     def run(self, share: Callable, module: nnx.Module, framed: tuple, given: dict, names: dict | None = None):
         """share(module, self, *framed, **given), on every device for its samples and frames → [B, frames, S, ...],

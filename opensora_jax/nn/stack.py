@@ -1,4 +1,4 @@
-"""The only place that stacks layers: one scan, with a remat policy by name (remat.py).
+"""The only place that stacks layers: one scan, named remat policies.
 
     self.blocks = stack(lambda rngs: Block(cfg, rngs=rngs), depth, rngs=rngs)      # leaves [depth, ...]
     x = run_stack(lambda x, block: block(x, t), x, self.blocks, remat="full")
@@ -14,8 +14,28 @@ from flax import nnx
 
 from opensora_jax.nn import taps
 from opensora_jax.nn.context import gathered, in_shares
-from opensora_jax.nn.remat import REMAT
 from opensora_jax.parallel import shard
+
+# Tensors that blocks mark with jax.ad_checkpoint.checkpoint_name. What spatial attention gave out has a name of its own.
+REMAT_NAMES = ("spatial_out", "attention_out", "switched")
+
+_policies = jax.checkpoint_policies
+REMAT = {
+    "none": None,  # keep everything
+    "full": _policies.nothing_saveable,  # keep layer inputs only
+    "dots": _policies.save_from_both_policies(  # keep results of products and attention; the rest is elementwise
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names("product", *REMAT_NAMES)
+    ),
+    "spatial": _policies.save_only_these_names("spatial_out"),  # "full", but no spatial attention is repeated
+    "switches": _policies.save_only_these_names("switched"),  # "full", but no all-to-all of nn/context.py is repeated
+    "names": _policies.save_only_these_names(*REMAT_NAMES),
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(REMAT_NAMES),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, *, rngs: nnx.Rngs) -> nnx.Module:

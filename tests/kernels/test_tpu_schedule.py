@@ -48,7 +48,7 @@ def test_calls_that_are_alike_share_a_schedule(tmp_path):
     for name, steps in (("modulated_linear.1", 66), ("modulated_linear.2", 10)):
         (tmp_path / f"17-{name}-72-final_bundles.txt").write_text(TEXT.replace(" 66 ", f" {steps} "))
         (tmp_path / f"17-{name}-72-final_hlo-static-per-bundle-utilization.txt").write_text(USED)
-    call = "bf16[8,128]{1,0} custom-call(%a, %b), custom_call_target=\"tpu_custom_call\""
+    call = 'bf16[8,128]{1,0} custom-call(%a, %b), custom_call_target="tpu_custom_call"'
     module = hlo.parse(f"""\
 ENTRY %main {{
   %a = bf16[8,64]{{1,0}} parameter(0)
