@@ -183,7 +183,7 @@ def exchanges(program: Program, shape: Shape, micro: int, remat: str) -> tuple[C
     local = shape.stream / program.trainer.data_shards / parts
     if parts > 1:
         full = program.trainer.system.denoiser.family in FULL_ATTENTION
-        repeated = train and (remat == "full" or (full and remat != "none"))  # half of those of a pass
+        repeated = train and (remat in ("full", "spatial") or (full and remat != "none"))  # half of those of a pass
         count = int((4 if full else 2) * (2.5 if repeated else 2) * shape.layers)
         found.append(Collective("all-to-all", axes, parts, "bf16", local, count))
     sums = summed_products(program)
