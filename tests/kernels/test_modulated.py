@@ -153,23 +153,35 @@ def test_policies_decide_what_runs_again():
     assert calls("full") == {"linear": 2, "project": 2, "mlp": 1} | backward
 
 
-def test_under_a_mesh_with_gradients():
-    x, vectors, layers = inputs(4, 16, 4)
+@pytest.mark.parametrize("function", ["linear", "project", "mlp"])
+def test_under_a_mesh_with_gradients(function):
+    x, (shift, scale, gate), (first, second) = inputs(4, 16, 4)
+    a = jnp.tile(x, 4)
+    given = {
+        "linear": (shift, scale, *first),
+        "project": (a, gate, *second),
+        "mlp": (shift, scale, gate, first, second),
+    }
     mesh = jax.make_mesh(
         (2, 2, 2, 1), ("data", "fsdp", "context", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 4
     )
 
-    def run(name, x):
-        call = lambda *arrays: modulated.mlp(*arrays, implementation=name)
-        return jax.jit(lambda *arrays: (call(*arrays), jax.vjp(call, *arrays)[1](arrays[0])))(x, *vectors, *layers)
+    def run(name, dtype):
+        call = functools.partial(getattr(modulated, function), implementation=name)
 
-    expected = run("xla", x.astype(jnp.float32))
+        def both(*arrays):
+            out, pull = jax.vjp(call, *arrays)
+            return out, pull(out)
+
+        arrays = jax.tree.map(lambda a: a.astype(dtype) if a.dtype == x.dtype else a, (x, *given[function]))
+        return jax.tree.leaves(jax.jit(both)(*arrays))
+
+    expected = run("xla", jnp.float32)
     with shard.use(shard.layout(mesh, "fsdp_context")):
-        found = run("pallas_tpu", x)
+        found = run("pallas_tpu", x.dtype)
     assert len(found[0].sharding.device_set) == 8
-    bounds = [FORWARD["bfloat16"], *[GRADIENT["bfloat16"]] * 8]
-    for a, b, bound in zip(jax.tree.leaves(found), jax.tree.leaves(expected), bounds, strict=True):
-        assert relative(a.astype(jnp.float32), b) < bound
+    for ours, exact in zip(found, expected, strict=True):
+        assert relative(ours.astype(jnp.float32), exact) < GRADIENT["bfloat16"]
 
 
 def test_lowers_to_mosaic_at_full_size():
