@@ -15,8 +15,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from opensora_jax.kernels import modulated_tpu as forward
 from opensora_jax.kernels import spec
-from opensora_jax.kernels.modulated_tpu import each_slice
+from opensora_jax.kernels.modulated_tpu import COLUMNS, each_slice
 from opensora_jax.kernels.tpu_lanes import ROWS_BY_ROWS, dot
+
+SLICES = 3  # of columns, in one turn of the loop over hidden activations
 
 
 def linear(x, shift, scale, kernel, bias, d_y, d_x, *, eps, interpret=None):
@@ -231,11 +233,25 @@ def _mlp_kernel(streams, vectors, weights, outputs, sums, d_h_ref, *, eps, gated
         d_h_ref[:, at] = d_h
         _add_up(sums, "shift", at, d_h.reshape(frames, positions, -1))
 
-    each_slice(weights["kernel1"].shape[1], hidden)
+    each_turn(weights["kernel1"].shape[1], hidden)
     each_slice(weights["kernel2"].shape[1], columns)
     d_h = d_h_ref[...].reshape(frames, positions, -1)
     sums["scale"][0] += (d_h * normed.x).sum(1, keepdims=True)
     outputs["x"][0] = (normed.backward(d_h) + d_y.astype(jnp.float32)).astype(outputs["x"].dtype)
+
+
+def each_turn(width: int, body) -> None:
+    """each_slice, some slices a turn of a loop where they are many: 5% slower than all in a row, and compiled in half the
+    time (v5p, v6e; libtpu 0.0.51)."""
+    turn = SLICES * COLUMNS
+    if width % turn or width == turn:
+        return each_slice(width, body)
+
+    def some(i, _):
+        for slot in range(SLICES):
+            body(pl.ds(pl.multiple_of(i * turn + slot * COLUMNS, COLUMNS), COLUMNS))
+
+    jax.lax.fori_loop(0, width // turn, some, None)
 
 
 def _gated(d_y, gate, outputs):
