@@ -25,14 +25,12 @@ def linear(x, shift, scale, kernel, bias, d_y, d_x, *, eps, interpret=None):
     """Gradients of x, shift, scale, kernel and bias; d_x: what else flows into x, added on the way."""
     run = functools.partial(_linear_kernel, eps=eps, normalised=scale is not None, shifted=shift is not None)
     channels, width = kernel.shape
-    sums = (
-        {"bias": width}
-        | ({} if shift is None else {"shift": channels})
-        | ({} if scale is None else {"scale": channels})
-    )
+    given = {"shift": shift, "scale": scale}
+    sums = {"bias": width} | {name: channels for name, vector in given.items() if vector is not None}
     kept = {} if scale is None else {"h": channels}
+    streams = {"d_y": d_y, "d_x": d_x} | ({} if scale is None else {"x": x})
     out = _call(
-        "linear", run, {"x": x, "d_y": d_y, "d_x": d_x}, (shift, scale), {"kernel": kernel},
+        "linear", run, streams, (shift, scale), {"kernel": kernel},
         {"x": channels} | kept, sums, (channels,), interpret,
     )  # fmt: skip
     h = out.get("h", x if shift is None else x + shift.astype(x.dtype))
@@ -163,7 +161,7 @@ def _linear_kernel(streams, vectors, weights, outputs, sums, d_h_ref, *, eps, no
     frames, positions, _ = outputs["x"].shape[1:]
     d_y = streams["d_y"]()
     flat = _flat(d_y)
-    normed = _Norm.of(streams["x"](), *vectors, eps=eps) if normalised else None
+    normed = _Norm.of(streams["x"](), vectors[1], eps=eps) if normalised else None
     if normed is not None:
         outputs["h"][0] = normed.modulated(vectors[0]).astype(outputs["h"].dtype)
 
@@ -209,7 +207,7 @@ def _mlp_kernel(streams, vectors, weights, outputs, sums, d_h_ref, *, eps, gated
     frames, positions, _ = outputs["x"].shape[1:]
     shift, scale, *gate = vectors
     d_y = streams["d_y"]()
-    normed = _Norm.of(streams["x"](), shift, scale, eps=eps)
+    normed = _Norm.of(streams["x"](), scale, eps=eps)
     h = normed.modulated(shift).astype(d_y.dtype)
     outputs["h"][0] = h
     h, d_out = _flat(h), _gated(d_y, gate, outputs) if gated else _flat(d_y)
@@ -268,7 +266,7 @@ class _Norm:
         self.x, self.inverse, self.factor = x, inverse, factor
 
     @classmethod
-    def of(cls, x, _, scale, *, eps) -> "_Norm":
+    def of(cls, x, scale, *, eps) -> "_Norm":
         x = x.astype(jnp.float32)
         x = x - x.mean(-1, keepdims=True)
         inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
