@@ -59,7 +59,8 @@ def run_stack(body: Callable, x, layers, *, remat: str = "none", first: int = 0)
     step = lambda carry, layer: (body(carry, gathered(layer)), None)
     policy = REMAT[remat]
     if policy is None and in_shares(layers):  # keep activations, but not every layer's whole weights
-        policy = lambda primitive, *_, **__: primitive is not jax.lax.all_gather_p
+        gathering = (jax.lax.all_gather_p, jax.lax.reshape_p, jax.lax.optimization_barrier_p)
+        policy = lambda primitive, *_, **__: primitive not in gathering
     if policy is not None:
         step = jax.checkpoint(step, policy=policy, prevent_cse=False)
     return jax.lax.scan(step, x, layers)[0]

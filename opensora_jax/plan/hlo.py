@@ -16,7 +16,7 @@ BYTES = {
 }  # fmt: skip
 # Outside fusions. The compiler's cycles for them are 10 to 20 times those of their own static schedules (libtpu 0.0.51, v6e),
 # which take less than their traffic does.
-MOVES = ("copy", "reduce")
+MOVES = ("copy", "reduce", "reshape")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9](?:fn)?)?)\[([0-9,]*)\]")
 START = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ")
