@@ -81,16 +81,8 @@ def measure(blocks, chip: str, backward: bool) -> dict:
     """Milliseconds outside and inside kernels; blocks: the library's, forward and backward, or None for ours."""
     with tempfile.TemporaryDirectory() as folder:
         quiet = QUIET | {"TPU_LOG_DIR": folder, "LIBTPU_INIT_ARGS": dump_to(folder), "XLA_FLAGS": ""}
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.tpu_schedule",
-            "--chips",
-            chip,
-            "--compile-stock",
-            json.dumps(blocks),
-        ]
-        command += ["--backward"] * backward
+        command = [sys.executable, "-m", "benchmarks.tpu_schedule", "--chips", chip]
+        command += ["--compile-stock", json.dumps(blocks)] + ["--backward"] * backward
         done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True, timeout=1800)
         if done.returncode:
             refused = done.stderr.strip().splitlines()[-1][:200]
@@ -99,10 +91,11 @@ def measure(blocks, chip: str, backward: bool) -> dict:
         found, machine = hlo.contents(module, {}), chips.CHIPS[chip]
         outside = found.cycles / machine.clock + found.traffic / machine.bandwidth
         traffic = {op.name: module.traffic(op) for op, _, _ in module.walk() if op.is_kernel}
+        scheduled = bundles.call_seconds(Path(folder), machine.clock, module.alike())
         kernels = {
-            name: max(bundles.seconds({name: count}, Path(folder), machine.clock), count * traffic[name] / machine.bandwidth)
+            name: count * max(scheduled(name), traffic[name] / machine.bandwidth)
             for name, count in found.kernel_calls.items()
-        }  # fmt: skip
+        }
         cycles = sum(op.cycles * times for op, times, fused in module.walk() if not (fused or op.is_kernel))
     inside = sum(kernels.values())
     parts = {"outside_ms": outside * 1e3, "kernels_ms": {name: value * 1e3 for name, value in kernels.items()}}

@@ -4,8 +4,8 @@
     python -m opensora_jax.plan --config=configs/v1_0/stdit.py --topology=v5p:4x4x4
     python -m opensora_jax.train --config=configs/v1_0/stdit.py --workdir=runs/stdit
 
-Hardware: 64 chips of v5p or v6e, under 2 GB each. `:whole_clips` needs 24 GB of them and exchanges no activations: 1.4 times
-the clips a second on v6e, by estimate. `:minute_1080p` is 1.5 million tokens, for 8 chips of v5p. Train on latents and text
+Hardware: 64 chips of v5p or v6e, under 2 GB each. `:whole_clips` needs 16 GB of them and exchanges no activations: 1.5
+times the clips a second on v6e, by estimate. `:minute_1080p` is 1.5 million tokens, for 8 chips of v5p. Train on latents and text
 features written by opensora_jax.encode. Expect: figures in docs/performance.md, section "Plans".
 """
 
@@ -28,5 +28,5 @@ def get_config(variant: str = "64x512") -> ConfigDict:
         config.mesh.fsdp = 1
     elif variant == "whole_clips":
         config.mesh = {"data": -1, "fsdp": 8, "rules": "fsdp"}
-        config.model.remat = "names"
+        config.model.remat = "spatial"
     return config

@@ -73,18 +73,16 @@ def _call(name, kernel, streams, vectors, layers, outputs, scratch, interpret):
     weights = [a for w, b in layers for a in (w.astype(x.dtype), b.astype(jnp.float32)[None])]
     rows = lambda width: pl.BlockSpec((1, block.frames, block.positions, width), lambda b, i, j: (b, i, j, 0))
 
-    def vector(v):
-        shared, frames = v.shape[0] == 1, 1 if v.shape[1] == 1 else block.frames
-        return pl.BlockSpec(
-            (1, frames, 1, channels), lambda b, i, j: (0 if shared else b, 0 if v.shape[1] == 1 else i, 0, 0)
-        )
-
     whole = lambda a: pl.BlockSpec(a.shape, lambda *_: (0, 0), pipeline_mode=pl.Buffered(1))
     bf16 = lambda width: pltpu.VMEM((block.rows, width), x.dtype)
     return pl.pallas_call(
         kernel,
         grid=(batch, -(-frames // block.frames), -(-positions // block.positions)),
-        in_specs=[[rows(a.shape[-1]) for a in streams], [vector(v) for v in vectors], [whole(a) for a in weights]],
+        in_specs=[
+            [rows(a.shape[-1]) for a in streams],
+            [vector_spec(v, block) for v in vectors],
+            [whole(a) for a in weights],
+        ],
         out_specs=rows(outputs),
         out_shape=jax.ShapeDtypeStruct((*x.shape[:3], outputs), x.dtype),
         scratch_shapes=[*map(bf16, scratch)],
@@ -92,6 +90,14 @@ def _call(name, kernel, streams, vectors, layers, outputs, scratch, interpret):
         interpret=spec.platform() != "tpu" if interpret is None else interpret,
         name=f"modulated_{name}",
     )(list(streams), vectors, weights)
+
+
+def vector_spec(v, block: Block) -> pl.BlockSpec:
+    """Of a vector [B or 1, T or 1, 1, C]."""
+    shared, frames = v.shape[0] == 1, 1 if v.shape[1] == 1 else block.frames
+    return pl.BlockSpec(
+        (1, frames, 1, v.shape[-1]), lambda b, i, j: (0 if shared else b, 0 if v.shape[1] == 1 else i, 0, 0)
+    )
 
 
 def _linear_kernel(streams, vectors, weights, o_ref, h_ref, *, eps):

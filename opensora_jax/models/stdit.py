@@ -98,12 +98,12 @@ class Block(nnx.Module):
         table = self.scale_shift_table[...]
         rows = {"pieces": sequence.pieces}
         shift, scale, gate = table_rows(table, modulation[0])[:3]
-        onto = (x, kept(gate, keep[0]))
-        x = sequence.by_position(self.attn(x, mode="spatial", modulation=(shift, scale), onto=onto, **rows))
+        gate = kept(gate, keep[0])
+        x = sequence.by_position(self.attn(x, mode="spatial", modulation=(shift, scale), gate=gate, **rows))
 
         # As released: no norm, no modulation, and the spatial gate of the sampled timestep, also on condition frames.
-        onto = (x, kept(table_rows(table, unmasked)[2], keep[1]))
-        x = self.attn_temp(x, mode="temporal", modulation=(frame_positions, None), onto=onto, **rows)
+        gate = kept(table_rows(table, unmasked)[2], keep[1])
+        x = self.attn_temp(x, mode="temporal", modulation=(frame_positions, None), gate=gate, **rows)
 
         x = self.cross_attn.onto(x, **text)
         shift, scale, gate = table_rows(table, modulation[1])[3:]

@@ -101,12 +101,12 @@ class Block(nnx.Module):
         table = self.scale_shift_table[...]
         shift, scale, gate = table_rows(table, spatial[0])[:3]
         rows = {"pieces": sequence.pieces}
-        onto = (x, kept(gate, keep[0]))
-        x = sequence.by_position(self.attn(x, mode="spatial", modulation=(shift, scale), onto=onto, **rows))
+        gate = kept(gate, keep[0])
+        x = sequence.by_position(self.attn(x, mode="spatial", modulation=(shift, scale), gate=gate, **rows))
 
         shift, scale, gate = table_rows(self.scale_shift_table_temporal[...], temporal)
-        onto = (x, kept(gate, keep[1]))
-        x = self.attn_temp(x, mode="temporal", rope=rope, modulation=(shift, scale), onto=onto, **rows)
+        gate = kept(gate, keep[1])
+        x = self.attn_temp(x, mode="temporal", rope=rope, modulation=(shift, scale), gate=gate, **rows)
 
         x = self.cross_attn.onto(x, **text)
         shift, scale, gate = table_rows(table, spatial[1])[3:]

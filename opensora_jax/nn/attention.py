@@ -45,18 +45,20 @@ class SelfAttention(nnx.Module):
         self.k_norm = RMSNorm(features // heads, param_dtype=param_dtype) if qk_norm else None
 
     def __call__(
-        self, x_btsc, *, mode: str, rope=None, kv_mask=None, visible=None, modulation=None, onto=None, pieces=1
+        self, x_btsc, *, mode: str, rope=None, kv_mask=None, visible=None, modulation=None, gate=None, pieces=1
     ):
         """visible: [S] numpy bool, tokens that are no padding (mode "full"). modulation: (shift, scale), each [B, 1 or T,
         1, C], where x is the bare stream: it is normalised (no weights, eps 1e-6) and modulated first. Without a scale
-        it is only shifted. onto: (x, gate), for x + gate · result. pieces: of the rows that are attended over,
+        it is only shifted. gate: with a modulation, for x + gate · result. pieces: of the rows that are attended over,
         x_btsc being [pieces * B, ...] (parallel/pieces.py)."""
+        name = "spatial_out" if mode == "spatial" else "attention_out"
         if mode == "full" and shares() > 1:
             out = full_attention(*self.project(x_btsc[:, 0]), visible=visible).reshape(x_btsc.shape)
-            out = checkpoint_name(out, "attention_out")
+            out = checkpoint_name(out, name)
         else:
+            qkv, x_btsc = (self.qkv(x_btsc), x_btsc) if modulation is None else self._modulated_qkv(x_btsc, *modulation)
             out = stdit_attention(
-                self.qkv(x_btsc) if modulation is None else self._modulated_qkv(x_btsc, *modulation),
+                qkv,
                 num_heads=self.heads,
                 mode="spatial" if mode == "full" else mode,
                 q_scale=None if self.q_norm is None else self.q_norm.scale[...],
@@ -65,14 +67,15 @@ class SelfAttention(nnx.Module):
                 norm_before_rope=self.norm_before_rope,
                 kv_mask=kv_mask,
                 pieces=pieces,
-                name="attention_out",
+                name=name,
             )
-        return self.proj(out) if onto is None else project_onto(*onto, self.proj, out)
+        return self.proj(out) if gate is None else project_onto(x_btsc, gate, self.proj, out)
 
     def _modulated_qkv(self, x_btsc, shift, scale):
         kernel = self.qkv.kernel[...]
         bias = jnp.zeros(kernel.shape[1], kernel.dtype) if self.qkv.bias is None else self.qkv.bias[...]
-        return modulated.linear(x_btsc, shift, scale, kernel, bias)
+        qkv, x_btsc = modulated.linear(x_btsc, shift, scale, kernel, bias)
+        return checkpoint_name(qkv, "product"), x_btsc
 
     def project(self, x_bnc):
         """q, k, v [B, N, heads, head_dim], q and k normalised; without rotation."""
@@ -93,22 +96,24 @@ class CrossAttention(nnx.Module):
         self.proj = Linear(features, features, ("heads", "embed"), init=init_out or xavier, **kwargs)
 
     def __call__(self, x, y, text_mask=None, segments=None):
-        return self.proj(self._attend(self.q_linear(x), y, text_mask, segments))
+        return self.proj(checkpoint_name(self._attend(self.q_linear(x), y, text_mask, segments), "attention_out"))
 
     def onto(self, x_btsc, y, text_mask=None, segments=None):
         """x + result."""
-        q = modulated.linear(x_btsc, None, None, self.q_linear.kernel[...], self.q_linear.bias[...])
+        q, x_btsc = modulated.linear(x_btsc, None, None, self.q_linear.kernel[...], self.q_linear.bias[...])
+        q = checkpoint_name(q, "product")
         out = self._attend(q.reshape(x_btsc.shape[0], -1, q.shape[-1]), y, text_mask, segments)
-        return project_onto(x_btsc, None, self.proj, out.reshape(x_btsc.shape))
+        return project_onto(x_btsc, None, self.proj, out.reshape(x_btsc.shape), "attention_out")
 
     def _attend(self, q, y, text_mask, segments):
         split = lambda a: a.reshape(*a.shape[:-1], self.heads, -1)
         k, v = (split(part) for part in jnp.split(self.kv_linear(y), 2, axis=-1))
         mask = None if text_mask is None else text_mask.astype(bool)
         out = attention(split(q), k, v, kv_mask=mask, segment_ids=segments)
-        return checkpoint_name(out.reshape(q.shape), "attention_out")
+        return out.reshape(q.shape)
 
 
-def project_onto(x, gate, linear, out):
-    """x + gate · linear(out); the gate may be None."""
-    return modulated.project(x, out, gate, linear.kernel[...], linear.bias[...])
+def project_onto(x, gate, linear, out, name=None):
+    """x + gate · linear(out); the gate may be None. name: of `out` for remat policies, if it has none yet."""
+    x = modulated.project(x, out, gate, linear.kernel[...], linear.bias[...], name=name)
+    return checkpoint_name(x, "product")

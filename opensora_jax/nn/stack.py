@@ -16,15 +16,17 @@ from opensora_jax.nn import taps
 from opensora_jax.nn.context import gathered, in_shares
 from opensora_jax.parallel import shard
 
-REMAT_NAMES = ("attention_out", "switched")  # tensors that blocks mark with jax.ad_checkpoint.checkpoint_name
+# Tensors that blocks mark with jax.ad_checkpoint.checkpoint_name. What spatial attention gave out has a name of its own.
+REMAT_NAMES = ("spatial_out", "attention_out", "switched")
 
 _policies = jax.checkpoint_policies
 REMAT = {
     "none": None,  # keep everything
     "full": _policies.nothing_saveable,  # keep layer inputs only
     "dots": _policies.save_from_both_policies(  # keep results of products and attention; the rest is elementwise
-        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(*REMAT_NAMES)
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names("product", *REMAT_NAMES)
     ),
+    "spatial": _policies.save_only_these_names("spatial_out"),  # "full", but no spatial attention is repeated
     "switches": _policies.save_only_these_names("switched"),  # "full", but no all-to-all of nn/context.py is repeated
     "names": _policies.save_only_these_names(*REMAT_NAMES),
     "offload": _policies.save_and_offload_only_these_names(
@@ -57,7 +59,8 @@ def run_stack(body: Callable, x, layers, *, remat: str = "none", first: int = 0)
     step = lambda carry, layer: (body(carry, gathered(layer)), None)
     policy = REMAT[remat]
     if policy is None and in_shares(layers):  # keep activations, but not every layer's whole weights
-        policy = lambda primitive, *_, **__: primitive is not jax.lax.all_gather_p
+        gathering = (jax.lax.all_gather_p, jax.lax.reshape_p, jax.lax.optimization_barrier_p)
+        policy = lambda primitive, *_, **__: primitive not in gathering
     if policy is not None:
         step = jax.checkpoint(step, policy=policy, prevent_cse=False)
     return jax.lax.scan(step, x, layers)[0]

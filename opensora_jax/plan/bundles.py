@@ -106,14 +106,16 @@ def _of_kernels(folder: Path, pattern: str) -> list[Schedule]:
     return [read_schedule(path.read_text(), text(path)) for path in files]
 
 
-def call_seconds(folder: Path, clock: float) -> Callable[[str], float]:
-    """Of one call of the kernel that an instruction is. Calls that are alike are compiled once, under the name of one of
-    them: where one has no schedule, the longest of its kind stands for it."""
+def call_seconds(folder: Path, clock: float, alike: dict[str, list[str]]) -> Callable[[str], float]:
+    """Of one call of the kernel that an instruction is. Calls that are alike (hlo.py) are compiled once, under the name of
+    one of them: where none has a schedule, the longest of its kind stands for it."""
 
     @functools.cache
     def seconds(name: str) -> float:
         kind = re.sub(r"\.\d+$", "", name)
-        found = _of_kernels(folder, re.escape(name)) or _of_kernels(folder, rf"{re.escape(kind)}(\.\d+)?")
+        same = "|".join(map(re.escape, alike.get(name, [])))
+        patterns = (re.escape(name), rf"({same})", rf"{re.escape(kind)}(\.\d+)?")
+        found = next(filter(None, (_of_kernels(folder, pattern) for pattern in patterns)), None)
         if not found:
             raise FileNotFoundError(f"{folder}: no schedule of {name}")
         return max(schedule.cycles() for schedule in found) / clock

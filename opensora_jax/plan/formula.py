@@ -25,8 +25,9 @@ from opensora_jax.training import optimizer
 from opensora_jax.training.run import RunConfig
 from opensora_jax.training.state import abstract_state
 
-# Of peak, in fused code; v5p and v6e as STDiT 1.0 compiles for them (2026-11-29: 0.61 and 0.42), the others not compiled.
-EFFICIENCY = {"gpu": 0.45, "v4": 0.45, "v5e": 0.4, "v5p": 0.6, "v6e": 0.4, "tpu7x": 0.3}
+# Of peak, in fused code. STDiT 1.0 compiles for v6e to 0.49 by static schedules of its kernels, and to 0.65 there and 0.87 on v5p
+# by their roofline (2026-11-29); the others were not compiled.
+EFFICIENCY = {"gpu": 0.45, "v4": 0.45, "v5e": 0.4, "v5p": 0.6, "v6e": 0.5, "tpu7x": 0.3}
 FUSED = 0.7  # of a layer's values at one moment, what the compiler leaves after fusion (STDiT on v5p:4x4x4: 0.68)
 ENCODERS = "what VAE and text encoder keep while they run is not counted: compile for a TPU topology to know"
 FULL_ATTENTION = ("dit", "mmdit", "pixart")  # every token sees every other: q, k, v and o change places
@@ -183,7 +184,7 @@ def exchanges(program: Program, shape: Shape, micro: int, remat: str) -> tuple[C
     local = shape.stream / program.trainer.data_shards / parts
     if parts > 1:
         full = program.trainer.system.denoiser.family in FULL_ATTENTION
-        repeated = train and (remat == "full" or (full and remat != "none"))  # half of those of a pass
+        repeated = train and (remat in ("full", "spatial") or (full and remat != "none"))  # half of those of a pass
         count = int((4 if full else 2) * (2.5 if repeated else 2) * shape.layers)
         found.append(Collective("all-to-all", axes, parts, "bf16", local, count))
     sums = summed_products(program)

@@ -14,9 +14,9 @@ BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
     "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8,
 }  # fmt: skip
-# Outside fusions. The compiler's cycles for them are 10 to 20 times those of their own static schedules (libtpu 0.0.51, v6e),
-# which take less than their traffic does.
-MOVES = ("copy", "reduce")
+# Outside fusions; a reshape that is left moves data. The compiler's cycles for them are none, or 10 to 20 times those of their
+# own static schedules (libtpu 0.0.51, v6e), which take less than their traffic does.
+MOVES = ("copy", "reduce", "reshape")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9](?:fn)?)?)\[([0-9,]*)\]")
 START = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ")
@@ -64,6 +64,14 @@ class Module:
         """Bytes that an instruction reads and writes."""
         written = [op.type, *(self.types.get(name, "") for name in op.operands)]
         return sum(size for text in written for _, size in arrays(text))
+
+    def alike(self) -> dict[str, list[str]]:
+        """Of each kernel's instruction: all of its kind that take and give arrays of the same shapes."""
+        found: dict[tuple, list[str]] = {}
+        for op in (op for computation in self.computations.values() for op in computation if op.is_kernel):
+            shapes = [ARRAY.findall(text) for text in (op.type, *(self.types.get(name, "") for name in op.operands))]
+            found.setdefault((re.sub(r"\.\d+$", "", op.name), str(shapes)), []).append(op.name)
+        return {name: names for names in found.values() for name in names}
 
     def walk(self, name: str = "", times: int = 1, fused: bool = False) -> Iterator[tuple[Instruction, int, bool]]:
         """Every instruction that runs, of the program or one computation: with how often, and whether it lies inside a

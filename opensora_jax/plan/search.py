@@ -16,7 +16,7 @@ from opensora_jax.plan.compile import Program, largest, mesh_of
 from opensora_jax.plan.estimate import Plan
 from opensora_jax.training.run import RunConfig
 
-REMAT = ("none", "names", "switches", "full")
+REMAT = ("none", "names", "spatial", "switches", "full")
 MICRO_BATCHES = (1, 2, 4)
 WIDEST_CONTEXT = 64
 WIDEST_TENSOR = 8  # two sums of the stream a layer and pass: no further than one machine of GPUs

@@ -67,11 +67,12 @@ def compiled(
     arithmetic = work.count(program.traced.jaxpr)
     links = Links.of(topology, sizes, program.layout.mesh.devices)
     plan = described(cfg, topology, program)
-    kernels, kernels_from = estimate.call_seconds(arithmetic.kernels, topology), LOWER_BOUND
+    at_best, kernels_from = estimate.call_seconds(arithmetic.kernels, topology), LOWER_BOUND
+    kernel_seconds = {name: at_best(name) for name in inside.kernel_calls}
     if schedules:
-        scheduled = bundles.call_seconds(Path(schedules), topology.chip.clock)
-        kernels, kernels_from = lambda name: max(kernels(name), scheduled(name)), "their static schedules"
-    kernel_seconds = {name: kernels(name) for name in inside.kernel_calls}
+        scheduled = bundles.call_seconds(Path(schedules), topology.chip.clock, module.alike())
+        kernel_seconds = {name: max(least, scheduled(name)) for name, least in kernel_seconds.items()}
+        kernels_from = "their static schedules"
 
     def compute(op: hlo.Instruction) -> float:
         if op.name in kernel_seconds:

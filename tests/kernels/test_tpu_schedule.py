@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.tpu_schedule import REPRESENTATIVE, relayouts, steps_per_row
-from opensora_jax.plan.bundles import Schedule, of_kernel, read_schedule
+from opensora_jax.plan import hlo
+from opensora_jax.plan.bundles import Schedule, call_seconds, of_kernel, read_schedule
 from tests.kernels.cases import BY_NAME
 
 TEXT = """\
@@ -41,6 +42,25 @@ def test_a_kernel_is_found_by_its_name(tmp_path, name):
         (tmp_path / f"17-{other}-72-final_bundles.txt").write_text(TEXT.replace(" 66 ", f" {steps} "))
         (tmp_path / f"17-{other}-72-final_hlo-static-per-bundle-utilization.txt").write_text(USED)
     assert of_kernel(tmp_path, "stdit_spatial").steps == 64
+
+
+def test_calls_that_are_alike_share_a_schedule(tmp_path):
+    for name, steps in (("modulated_linear.1", 66), ("modulated_linear.2", 10)):
+        (tmp_path / f"17-{name}-72-final_bundles.txt").write_text(TEXT.replace(" 66 ", f" {steps} "))
+        (tmp_path / f"17-{name}-72-final_hlo-static-per-bundle-utilization.txt").write_text(USED)
+    call = 'bf16[8,128]{1,0} custom-call(%a, %b), custom_call_target="tpu_custom_call"'
+    module = hlo.parse(f"""\
+ENTRY %main {{
+  %a = bf16[8,64]{{1,0}} parameter(0)
+  %b = bf16[64,128]{{1,0:S(1)}} parameter(1)
+  %modulated_linear.1 = {call}
+  %modulated_linear.2 = {call.replace("%a, ", "")}
+  %modulated_linear.7 = {call.replace("%a, ", "")}
+}}
+""")
+    seconds = call_seconds(tmp_path, 1e9, module.alike())
+    assert seconds("modulated_linear.7") == seconds("modulated_linear.2") < seconds("modulated_linear.1")
+    assert seconds("modulated_linear.9") == seconds("modulated_linear.1")  # unknown: the longest of its kind
 
 
 def test_blocks_of_a_row_follow_the_kernel():

@@ -86,7 +86,7 @@ def test_candidates_multiply_to_the_devices(cfg):
     assert {m.model["remat"] for m in found} == set(search.REMAT)
     assert {m.optimizer.accumulate_steps for m in found} == set(search.MICRO_BATCHES)
     assert all(m.mesh.context > 1 for m in found if m.model["remat"] == "switches")
-    assert len({(str(m.mesh), m.model["remat"], m.optimizer.accumulate_steps) for m in found}) == len(found) == 210
+    assert len({(str(m.mesh), m.model["remat"], m.optimizer.accumulate_steps) for m in found}) == len(found) == 270
 
 
 def test_a_tensor_axis_sums_the_stream(cfg, traced):
@@ -123,7 +123,7 @@ def test_the_formula_agrees_with_the_tpu_compiler():
     cfg = config.build(RunConfig, config.load("configs/v1_0/stdit.py", ["--config.mesh.fsdp=1"]), "config")
     plan = formula.Traced.of(target.traced(cfg, GPUS, "train")).plan(cfg, GPUS)
     moved = {c.kind: c.moved for c in plan.collectives}
-    assert plan.hardware_flops / 8 == pytest.approx(55.61e12, rel=1e-3)
+    assert plan.hardware_flops / 8 == pytest.approx(56.82e12, rel=1e-3)
     assert moved["all-to-all"] == pytest.approx(2312.1e6, rel=1e-3)
     assert moved["all-gather"] == pytest.approx(2629.4e6, rel=0.1)
     summed = 1197.9e6 + 265.6e6 / 2  # the compiler's all-reduces move twice as much as a reduce-scatter
