@@ -22,6 +22,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from opensora_jax.kernels import blocks as block_table
 from opensora_jax.kernels.tpu_lanes import (
     COLUMNS_BY_COLUMNS,
     HIDE,
@@ -34,9 +35,7 @@ from opensora_jax.kernels.tpu_lanes import (
     dot,
 )
 
-VMEM_LIMIT = 64 << 20
 BLIND = -1e30
-BLOCK = {"forward": (512, 8192), "backward": (1024, 1024)}  # queries and keys at once
 PART = 256  # queries of a forward block whose scores are at hand together
 MOST_QUERIES = 1 << 15  # of one backward kernel, which holds their gradients in float32
 
@@ -60,8 +59,8 @@ class Problem(NamedTuple):
 
 def attend(q, k, v, lengths, shown=None, *, heads: Heads, scale, interpret, blocks=None):
     """[B, T, N*H] over [B, S, N*H]. lengths: [B] int32, keys beyond are hidden. shown: [B, S] bool, heads of 128 have none."""
-    blocks = BLOCK if blocks is None else blocks
-    fit = lambda stage: tuple(even_tiles(x.shape[1], most) for x, most in zip((q, k), blocks[stage]))
+    fit = lambda stage: tuple(even_tiles(x.shape[1], most) for x, most in zip((q, k), sizes(stage)))
+    sizes = lambda stage: blocks[stage] if blocks else block_table.find("flash_tpu", stage, heads.dim, k.shape[1])
     problem = Problem(heads, q.shape[1], k.shape[1], fit("forward"), fit("backward"), scale, interpret)
     return _attend(q, k, v, lengths, shown, problem)
 
@@ -199,7 +198,7 @@ def _forward(q, k, v, lengths, shown, problem):
         ],
         scratch_shapes=[stat, stat] if problem.spare else [stat, stat, stat],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=block_table.vmem()
         ),
         interpret=problem.interpret,
         name="flash_tpu",
@@ -244,7 +243,7 @@ def _backward(q, d_out, lse, delta, *, k, v, lengths, problem):
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)],
         scratch_shapes=[total(steps_q * block_q), total(block_k), total(block_k)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=block_table.vmem()
         ),
         interpret=problem.interpret,
         name="flash_tpu_backward",

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from opensora_jax.kernels import spec, stdit_tpu_temporal, tpu_channels
+from opensora_jax.kernels import blocks, spec, stdit_tpu_temporal, tpu_channels
 from opensora_jax.kernels.spec import Call, Unsupported
 from opensora_jax.kernels.tpu_lanes import (
     COLUMNS_BY_COLUMNS,
@@ -36,12 +36,10 @@ from opensora_jax.kernels.tpu_lanes import (
     rotation_tables,
 )
 
-VMEM_LIMIT = 100 << 20
-QUERY_BLOCK = {"forward": 512, "backward": 512}
+LEAST_QUERIES = 128  # at once; fewer push the keys again and again
 # Up to here a division a head, which sends its sum across the lanes, takes longer than all heads' products of a block: they
 # are divided together (v6e, 2026-11-29: 77 us instead of 111 over 120 keys; 4% slower over 1024).
 FEW_KEYS = 256
-LONG_ROW = 2048  # beyond it the backward pass takes 128 queries at once: scores live beside the whole row
 
 
 class Problem(NamedTuple):
@@ -77,16 +75,51 @@ def supports(call: Call) -> None:
     if call.kind == "temporal":
         return stdit_tpu_temporal.supports(call)
     tpu_channels.marks(Heads(call.heads, call.head_dim))
-    needed = _forward_bytes(call.queries, call.heads * call.head_dim, 2 if call.dtype == "bfloat16" else 4)
-    if needed > VMEM_LIMIT:
-        raise Unsupported(f"rows of {call.queries} tokens need {needed >> 20} MiB of VMEM")
+    most_queries(call)
 
 
-def _forward_bytes(size, channels, itemsize):
-    padded = -(-size // LANES) * LANES
-    rows = 4 * channels * itemsize + 2 * 2 * channels * itemsize  # double-buffered k and v, prepared k and v
-    scores = 2 * 4 + itemsize  # of one head, with those of the next and the weights of the one before
-    return padded * rows + QUERY_BLOCK["forward"] * (8 * channels * itemsize + scores * padded)
+def most_queries(call: Call) -> tuple[int, int]:
+    """At once, forward and backward: as the table says, halved until they fit. A row that is served forward must be served
+    backward, so both are asked for."""
+    found = []
+    for stage, needed in (("forward", _forward_bytes), ("backward", _backward_bytes)):
+        (most,) = blocks.find("stdit_spatial", stage, call.head_dim, call.keys)
+        while needed(call, most) > blocks.vmem() and most > LEAST_QUERIES:
+            most = max(LEAST_QUERIES, most // 2 // LANES * LANES)
+        if needed(call, most) > blocks.vmem():
+            raise Unsupported(
+                f"rows of {call.keys} tokens need {needed(call, most) >> 20} MiB of VMEM {stage}, "
+                f"{blocks.vmem() >> 20} are to be had"
+            )
+        found.append(most)
+    return found[0], found[1]
+
+
+# What the compiler asks for, within 3% of its own count for rows of 4096 (v5p's messages, 2026-11-29).
+def _forward_bytes(call: Call, most: int) -> int:
+    padded, channels, itemsize = _sizes(call)
+    kept = 2 * call.heads * LANES * itemsize  # prepared k and v
+    scores = 3 * 4 + itemsize  # of one head, those of the next in the making, and the weights of the one before
+    return padded * (4 * channels * itemsize + kept + _extra_bytes(call)) + most * (
+        8 * channels * itemsize + scores * padded
+    )
+
+
+def _backward_bytes(call: Call, most: int) -> int:
+    padded, channels, itemsize = _sizes(call)
+    of_head = LANES * (4 * 4 + 2 * itemsize)  # k, its raw form, v; sums of two gradients
+    scores = 4 * 4 + 2 * itemsize  # with weights, their gradients and slopes
+    return padded * (7 * channels * itemsize + of_head + _extra_bytes(call) + most * scores)
+
+
+def _sizes(call: Call) -> tuple[int, int, int]:
+    """Rows in whole tiles, channels, bytes of an element."""
+    return -(-call.keys // LANES) * LANES, call.heads * call.head_dim, 2 if call.dtype == "bfloat16" else 4
+
+
+def _extra_bytes(call: Call) -> int:
+    """A token's share of tables and key mask, all in float32 and double-buffered."""
+    return 8 * LANES * (2 * ("rope" in call.extras) + ("kv_mask" in call.extras))
 
 
 def stdit_attention(
@@ -112,25 +145,25 @@ def stdit_attention(
     extras = {} if norm is None else {"norm": norm}
     size = pieces * s
     fitting = functools.partial(whole_pieces, s, pieces) if pieces > 1 else functools.partial(even_blocks, s)
-    blocks = [block or fitting(most) for most in most_queries(size)]
-    problem = Problem(heads, size, *blocks, norm_before_rope, t, interpret, pieces)
+    optional = {"norm": q_scale, "rope": rope, "kv_mask": kv_mask}
+    names = frozenset(name for name, value in optional.items() if value is not None)
+    call = Call("spatial", b * t // pieces, size, size, num_heads, heads.dim, str(qkv_btsc.dtype), names)
+    queries = [block or fitting(most) for most in most_queries(call)]
+    problem = Problem(heads, size, *queries, norm_before_rope, t, interpret, pieces)
     if rope is not None:
-        extras["rope"] = rotation_tables(rope, max(problem.padded, *(-(-s // size) * size for size in blocks)))
+        extras["rope"] = rotation_tables(rope, max(problem.padded, *(-(-s // size) * size for size in queries)))
     if kv_mask is not None:
         hidden = jnp.where(kv_mask, 0.0, HIDE)[:, :, None].astype(jnp.float32)
         extras["hidden"] = jnp.broadcast_to(hidden, (*kv_mask.shape, LANES))
     return _attend(qkv_btsc.reshape(pieces, -1, s, c3), extras, problem).reshape(b, t, s, c3 // 3)
 
 
-def most_queries(size: int) -> tuple[int, int]:
-    """At once, forward and backward."""
-    return QUERY_BLOCK["forward"], QUERY_BLOCK["backward"] if size <= LONG_ROW else LANES
-
-
-def takes_pieces(mode: str, pieces: int, row: int) -> bool:
+def takes_pieces(call: Call, pieces: int) -> bool:
     """Can the kernels read rows in pieces where they lie?"""
-    piece = row // pieces
-    return mode == "temporal" or (piece % 16 == 0 and row % LANES == 0 and piece <= min(most_queries(row)))
+    piece = call.keys // pieces
+    if call.kind == "temporal":
+        return True
+    return piece % 16 == 0 and call.keys % LANES == 0 and piece <= min(most_queries(call))
 
 
 def whole_pieces(piece: int, pieces: int, most: int) -> int:
@@ -306,7 +339,7 @@ def forward_call(name, q, k, v, lanes, extras, problem):
         out_shape=jax.ShapeDtypeStruct((*q.shape[:3], channels), q.dtype),
         scratch_shapes=[prepared, prepared],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=blocks.vmem()
         ),
         interpret=problem.interpret,
         name=name,
@@ -426,7 +459,7 @@ def _backward(qkv, extras, d_out, problem):
         out_specs=out_specs,
         out_shape=out_shape,
         scratch_shapes=[total, total],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=blocks.vmem()),
         interpret=problem.interpret,
         name="stdit_spatial_backward",
     )(qkv, d_out, extras)
@@ -434,4 +467,4 @@ def _backward(qkv, extras, d_out, problem):
 
 def _single(elements, dtype):
     """Long rows are not double-buffered: they would not fit."""
-    return {"pipeline_mode": pl.Buffered(1)} if elements * jnp.dtype(dtype).itemsize > 12 << 20 else {}
+    return {"pipeline_mode": pl.Buffered(1)} if elements * jnp.dtype(dtype).itemsize > blocks.vmem() // 8 else {}

@@ -1,8 +1,11 @@
-"""Block sizes of the GPU kernels, by chip, kernel, pass and shape: gpu_blocks.json.
+"""Block sizes of our kernels, by chip, kernel, pass and shape: blocks.json.
 
-`python -m benchmarks.attention --tune --write` times alternatives on the GPU at hand and puts the fastest there, as rows of
-that chip. Rows of the chip "any" were never timed: tiles as large as registers seemed to allow, of which only those of
-`mosaic_gpu` for heads of 128 were compiled for sm_90a (`python -m benchmarks.gpu_compile`).
+    python -m benchmarks.attention --tune --write       # on a GPU: times alternatives, writes the fastest
+    python -m benchmarks.tpu_schedule --tune --write    # without a TPU: compiles them, writes the shortest static schedule
+
+Rows of the chip "any" are the rule where a chip has none: on TPUs the sizes that served all chips before the table, on GPUs
+tiles as large as registers seemed to allow, never timed, of which only those of `mosaic_gpu` for heads of 128 were compiled
+for sm_90a (`python -m benchmarks.gpu_compile`).
 """
 
 import functools
@@ -11,8 +14,15 @@ from pathlib import Path
 
 from opensora_jax.kernels import spec
 
-FILE = Path(__file__).with_name("gpu_blocks.json")
+FILE = Path(__file__).with_name("blocks.json")
 KEYS = ("chip", "kernel", "pass", "head_dim", "length")
+# Fast memory that kernels may take: of 64 MiB on v5p and v7x, of 128 on others.
+VMEM = {"v5p": 60 << 20, "v7x": 60 << 20}
+
+
+def vmem() -> int:
+    """Of the TPU that this is traced for."""
+    return VMEM.get(spec.chip(), 100 << 20)
 
 
 @functools.cache
