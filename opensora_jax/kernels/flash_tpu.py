@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from opensora_jax.kernels import blocks as block_table
+from opensora_jax.kernels import blocks
 from opensora_jax.kernels.tpu_lanes import (
     COLUMNS_BY_COLUMNS,
     HIDE,
@@ -57,10 +57,10 @@ class Problem(NamedTuple):
         return self.heads.dim < LANES
 
 
-def attend(q, k, v, lengths, shown=None, *, heads: Heads, scale, interpret, blocks=None):
+def attend(q, k, v, lengths, shown=None, *, heads: Heads, scale, interpret):
     """[B, T, N*H] over [B, S, N*H]. lengths: [B] int32, keys beyond are hidden. shown: [B, S] bool, heads of 128 have none."""
+    sizes = lambda stage: blocks.find("flash_tpu", stage, heads.dim, k.shape[1])
     fit = lambda stage: tuple(even_tiles(x.shape[1], most) for x, most in zip((q, k), sizes(stage)))
-    sizes = lambda stage: blocks[stage] if blocks else block_table.find("flash_tpu", stage, heads.dim, k.shape[1])
     problem = Problem(heads, q.shape[1], k.shape[1], fit("forward"), fit("backward"), scale, interpret)
     return _attend(q, k, v, lengths, shown, problem)
 
@@ -102,12 +102,12 @@ def _attend_backward(problem, residuals, d_out):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _in_tiles(q, k, v, lengths, shown, problem, blocks):
+def _in_tiles(q, k, v, lengths, shown, problem, sizes):
     """Operands as the kernels take them; q scaled, for logits to the base 2."""
     factor = problem.scale * LOG2E
     if not problem.spare:
         return (q.astype(jnp.float32) * factor).astype(q.dtype), k, v
-    rows_q, rows = (-(-x.shape[1] // block) * block for x, block in zip((q, k), blocks))
+    rows_q, rows = (-(-x.shape[1] // block) * block for x, block in zip((q, k), sizes))
     spread = functools.partial(_spread, problem=problem, lengths=lengths)
     if shown is not None:
         shown = jnp.pad(shown, ((0, 0), (0, rows - problem.keys)))[:, :, None].astype(jnp.float32)
@@ -198,7 +198,7 @@ def _forward(q, k, v, lengths, shown, problem):
         ],
         scratch_shapes=[stat, stat] if problem.spare else [stat, stat, stat],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=block_table.vmem()
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=blocks.vmem()
         ),
         interpret=problem.interpret,
         name="flash_tpu",
@@ -243,7 +243,7 @@ def _backward(q, d_out, lse, delta, *, k, v, lengths, problem):
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)],
         scratch_shapes=[total(steps_q * block_q), total(block_k), total(block_k)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=block_table.vmem()
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=blocks.vmem()
         ),
         interpret=problem.interpret,
         name="flash_tpu_backward",

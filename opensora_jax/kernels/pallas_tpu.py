@@ -7,7 +7,7 @@ else takes the flash kernels of flash_tpu.py, heads of 128 without a copy, as in
 
 import jax.numpy as jnp
 
-from opensora_jax.kernels import cross_tpu, flash_tpu, spec, tpu_channels
+from opensora_jax.kernels import cross_tpu, flash_tpu, spec, tpu_channels, xla
 from opensora_jax.kernels.spec import Call, Unsupported, repeat
 from opensora_jax.kernels.tpu_lanes import LANES, Heads
 
@@ -19,7 +19,13 @@ def supports(call: Call) -> None:
     if call.head_dim > LANES:
         raise Unsupported(f"heads of {call.head_dim} are wider than {LANES} lanes")
     if call.head_dim == LANES:
-        call.refuse("kv_mask")
+        return call.refuse("kv_mask")
+    # Splitting heads of 72 and small programs cost more than XLA's scores do where these are few. Forward and backward, two
+    # heads, as many scores in all, v6e, XLA's cycles and static schedules, 2026-11-29: 0.80 ms by XLA and 1.94 here over 256
+    # keys, 0.54 and 0.95 over 512, 0.43 and 0.54 over 1024. In chunks XLA takes five times what these kernels take.
+    few = call.keys <= cross_tpu.MAX_KEYS and xla.score_bytes(call) <= xla.MAX_SCORE_BYTES
+    if few and not _stays(call.keys, Heads(call.heads, call.head_dim)):
+        raise Unsupported(f"{call.keys} keys are few, and {call.heads} heads of {call.head_dim} no whole tiles")
 
 
 def _stays(keys: int, heads: Heads) -> bool:

@@ -133,7 +133,6 @@ def stdit_attention(
     norm_before_rope,
     kv_mask=None,
     pieces=1,
-    block=None,
     interpret=None,
 ):
     b, t, s, c3 = qkv_btsc.shape
@@ -148,7 +147,7 @@ def stdit_attention(
     optional = {"norm": q_scale, "rope": rope, "kv_mask": kv_mask}
     names = frozenset(name for name, value in optional.items() if value is not None)
     call = Call("spatial", b * t // pieces, size, size, num_heads, heads.dim, str(qkv_btsc.dtype), names)
-    queries = [block or fitting(most) for most in most_queries(call)]
+    queries = [fitting(most) for most in most_queries(call)]
     problem = Problem(heads, size, *queries, norm_before_rope, t, interpret, pieces)
     if rope is not None:
         extras["rope"] = rotation_tables(rope, max(problem.padded, *(-(-s // size) * size for size in queries)))
