@@ -125,12 +125,13 @@ def _spread(x, rows: int, spare, *, problem, lengths, shown=None, factor=1.0):
     x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % LANES)))
     block = math.gcd(rows, 512)
     at = lambda width: pl.BlockSpec((1, block, width), lambda b, i: (b, i, 0))
+    inside = pl.BlockSpec((1, block, x.shape[2]), lambda b, i: (b, jnp.minimum(i, (x.shape[1] - 1) // block), 0))
     masks = [] if shown is None else [shown]
     kernel = functools.partial(_spread_kernel, heads=problem.heads, length=x.shape[1], spare=spare, factor=factor)
     return pl.pallas_call(
         kernel,
         grid=(x.shape[0], rows // block),
-        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), at(x.shape[2]), [at(LANES) for _ in masks]],
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), inside, [at(LANES) for _ in masks]],
         out_specs=at(problem.heads.count * LANES),
         out_shape=jax.ShapeDtypeStruct((x.shape[0], rows, problem.heads.count * LANES), x.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
