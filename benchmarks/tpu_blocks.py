@@ -56,11 +56,11 @@ class Subject:
 SUBJECTS = [
     Subject(kernel, stage, case, tried)
     for kernel, case, forward, backward in (
-        ("stdit_spatial", "v1.0 spatial 64x512", QUERIES, QUERIES),
-        ("cross_attention", "v1.0 cross 64x512 text 120", QUERIES, QUERIES),
-        ("cross_attention", "v1.2 cross 480p text 300", QUERIES, QUERIES),
         ("flash_tpu", "v1.0 spatial 1080p", FLASH, FLASH_BACKWARD),
         ("flash_tpu", "v2.0 joint 256px", FLASH, FLASH_BACKWARD),
+        ("cross_attention", "v1.0 cross 64x512 text 120", QUERIES, QUERIES),
+        ("cross_attention", "v1.2 cross 480p text 300", QUERIES, QUERIES),
+        ("stdit_spatial", "v1.0 spatial 64x512", QUERIES, QUERIES),
     )
     for stage, tried in (("forward", forward), ("backward", backward))
 ]

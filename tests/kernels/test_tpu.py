@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from opensora_jax import work
 from opensora_jax.kernels import attention as dispatch
 from opensora_jax.kernels import blocks, cross_tpu, flash_tpu, spec, stdit_tpu
 from opensora_jax.kernels.attention import attention
@@ -169,6 +170,35 @@ def test_queries_at_once_follow_the_chip():
         assert stdit_tpu.most_queries(call) == (256, 128)
     with spec.target("v5p"), pytest.raises(Unsupported, match="60 are to be had"):  # has half the fast memory
         stdit_tpu.supports(call)
+
+
+def test_kernels_take_the_blocks_of_their_chip(monkeypatch):
+    own = {
+        "chip": "v6e",
+        "kernel": "flash_tpu",
+        "pass": "forward",
+        "head_dim": 128,
+        "length": 2048,
+        "blocks": [256, 1024],
+    }
+    spatial = own | {"kernel": "stdit_spatial", "length": 1024, "blocks": [128]}
+    rows = [own, spatial, *(row for row in blocks.table() if row["chip"] == "any")]
+    monkeypatch.setattr(blocks, "table", lambda: rows)
+
+    def grid(chip, run, *shape):
+        operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * (3 if run is attention else 1)
+        with spec.target(chip):
+            traced = jax.make_jaxpr(lambda *given: run(*given))(
+                *operands
+            )  # anew: jax keeps what a function was traced to
+        kernels = {kernel.name: kernel.equation.params["grid_mapping"].grid for kernel in work.count(traced).kernels}
+        return kernels.get("flash_tpu") or kernels["stdit_spatial"]
+
+    spatial = functools.partial(stdit_attention, num_heads=16)
+    assert grid("v6e", attention, 1, 2048, 2, 72) == (1, 2, 8, 2)
+    assert grid("v5e", attention, 1, 2048, 2, 72) == (1, 2, 4, 1)
+    assert grid("v6e", spatial, 1, 2, 1024, 3456) == (2, 8)
+    assert grid("v5e", spatial, 1, 2, 1024, 3456) == (2, 2)
 
 
 def test_layouts_that_do_not_fit_are_refused_with_the_reason():
