@@ -2,7 +2,7 @@
 
     python -m benchmarks.attention --check --tune --torch --prove --json a.json --markdown a.md   # GPU, under 8 minutes
     python -m benchmarks.attention --prove                # TPU or GPU: is the automatic choice the fastest? (exit status)
-    python -m benchmarks.attention --tune --write         # put the fastest blocks into kernels/gpu_blocks.json
+    python -m benchmarks.attention --tune --write         # put the fastest blocks into kernels/blocks.json
     python -m benchmarks.attention                        # no accelerator: estimate for TPUs
 
 Each group of cases runs in a process of its own, so that a kernel that crashes or hangs costs its group only. Times are
@@ -265,7 +265,7 @@ def slower_than_need_be(records) -> list[str]:
 
 
 def fastest_blocks(records, chip: str) -> list[dict]:
-    """Rows for kernels/gpu_blocks.json: by kernel, head size and length the fastest of each pass."""
+    """Rows for kernels/blocks.json: by kernel, head size and length the fastest of each pass."""
     best = {}
     sizes = {case.name: (case.head_dim, case.row) for case in real_cases()}
     for record in records:
@@ -333,7 +333,8 @@ def main():
         from benchmarks import tpu_schedule
 
         return tpu_schedule.report(arguments)
-    from opensora_jax.kernels import gpu_blocks, spec
+    from opensora_jax.kernels import blocks as block_table
+    from opensora_jax.kernels import spec
     from opensora_jax.plan.chips import CHIPS
 
     records = run_all(arguments)
@@ -348,7 +349,7 @@ def main():
         Path(arguments.markdown).write_text(table)
     print(table)
     if arguments.write:
-        gpu_blocks.write(fastest_blocks(records, spec.chip()))
+        block_table.write(fastest_blocks(records, spec.chip()))
     wrong = [f"{r['case']} / {r['candidate']}: outside the tolerance" for r in records if r.get("correct") is False]
     wrong += slower_than_need_be(records) if arguments.prove else []
     print("\n".join(wrong))

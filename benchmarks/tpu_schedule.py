@@ -92,11 +92,10 @@ def estimate(case, chip: str, backward: bool) -> dict:
         schedule = of_kernel(Path(folder), f"stdit_{case.kind}" + "_backward" * backward)
         moved = json.loads(done.stdout.splitlines()[-1])
     clock, bandwidth = chips.CHIPS[chip].clock, chips.CHIPS[chip].bandwidth
-    arrays = {False: 4, True: 8 if case.kind == "spatial" else 7}[
-        backward
-    ]  # of C channels; spatial gradients read the result
+    # Of C channels; spatial gradients read the result.
+    arrays = (8 if case.kind == "spatial" else 7) if backward else 4
     floor = case.bytes() * arrays / 4 / bandwidth * 1e3
-    kernel = schedule.cycles(1 if backward else steps_per_row(case)) / clock * 1e3
+    kernel = schedule.cycles(1 if backward else steps_per_row(case, chip)) / clock * 1e3
     return {
         "kernel_ms": max(kernel, floor),
         "floor_ms": floor,
@@ -106,13 +105,16 @@ def estimate(case, chip: str, backward: bool) -> dict:
     }
 
 
-def steps_per_row(case) -> int:
+def steps_per_row(case, chip: str) -> int:
     """Steps of the forward grid that share the keys of one row, prepared with the first of them."""
-    from opensora_jax.kernels import stdit_tpu
+    from opensora_jax.kernels import spec, stdit_tpu
 
     if case.kind == "temporal":
         return 1
-    return -(-case.keys // stdit_tpu.even_blocks(case.keys, stdit_tpu.QUERY_BLOCK["forward"]))
+    call = spec.Call("spatial", case.batch, case.keys, case.keys, case.heads, case.head_dim, "bfloat16")
+    with spec.target(chip):
+        queries, _ = stdit_tpu.most_queries(call)
+    return -(-case.keys // stdit_tpu.even_blocks(case.keys, queries))
 
 
 def report(arguments) -> int:

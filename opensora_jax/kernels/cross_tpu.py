@@ -11,23 +11,23 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from opensora_jax.kernels.stdit_tpu import VMEM_LIMIT, Problem, even_blocks, forward_call
+from opensora_jax.kernels import blocks
+from opensora_jax.kernels.stdit_tpu import Problem, even_blocks, forward_call
 from opensora_jax.kernels.tpu_lanes import COLUMNS_BY_COLUMNS, HIDE, LANES, LOG2E, ROWS_BY_ROWS, Heads, at_lane, dot
 from opensora_jax.kernels.tpu_rows import extra_specs, hide_keys, own_float, reader, rows_inside, rows_shown
 from opensora_jax.kernels.tpu_slopes import pipeline
 from opensora_jax.kernels.xla import key_visibility
 
 MAX_KEYS = 1024
-QUERY_BLOCK = 512
 
 
 def attend(q, k, v, kv_lengths, kv_mask, heads: Heads, scale, interpret):
     """[n * B, T, C] over [B, S, C]: sample i of the queries sees the keys of sample i modulo B."""
-    block = even_blocks(q.shape[1], QUERY_BLOCK)
+    queries = lambda stage: even_blocks(q.shape[1], *blocks.find("cross_attention", stage, heads.dim, k.shape[1]))
     # The kernels scale by 1/sqrt(H); any other scale is put into q.
     usual = heads.dim**-0.5
     q = q if scale == usual else q * jnp.asarray(scale / usual, q.dtype)
-    problem = Problem(heads, k.shape[1], block, block, True, 1, interpret)
+    problem = Problem(heads, k.shape[1], queries("forward"), queries("backward"), True, 1, interpret)
     extras = {}
     shown = key_visibility(k.shape[1], kv_lengths, kv_mask)
     if shown is not None:
@@ -50,7 +50,7 @@ def _attend_backward(problem, residuals, d_out):
     repeats = q.shape[0] // once[0].shape[0]
     k, v, extras = jax.tree.map(lambda a: jnp.tile(a, (repeats, 1, 1)), once)
     batch, queries, channels = q.shape
-    padded, block, heads = problem.padded, problem.block, problem.heads
+    padded, block, heads = problem.padded, problem.block_backward, problem.heads
     at_query = pl.BlockSpec((1, block, channels), lambda b, i: (b, i, 0))
     whole = pl.BlockSpec((1, padded, channels), lambda b, i: (b, 0, 0))
     tiles = lambda dtype: pltpu.VMEM((heads.count, padded, LANES), dtype)
@@ -62,7 +62,7 @@ def _attend_backward(problem, residuals, d_out):
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)],
         scratch_shapes=[tiles(q.dtype), tiles(q.dtype), tiles(jnp.float32), tiles(jnp.float32)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=blocks.vmem()
         ),
         interpret=problem.interpret,
         name="cross_backward",
@@ -77,7 +77,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def _backward_kernel(
     q_ref, k_ref, v_ref, do_ref, extras, dq_ref, dk_ref, dv_ref, keys, values, dk_sum, dv_sum, *, problem, queries
 ):
-    heads, padded, rows = problem.heads, problem.padded, problem.block
+    heads, padded, rows = problem.heads, problem.padded, problem.block_backward
     dtype = q_ref.dtype
     index = pl.program_id(1)
 

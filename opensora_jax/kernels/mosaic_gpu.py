@@ -23,7 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from opensora_jax.kernels import gpu_blocks, spec
+from opensora_jax.kernels import blocks as block_table
+from opensora_jax.kernels import spec
 from opensora_jax.kernels.pallas_gpu import LOG2E
 from opensora_jax.kernels.spec import Call, Unsupported
 from opensora_jax.kernels.visible import visible_first
@@ -56,7 +57,7 @@ class Options(NamedTuple):
 
     def block(self, stage: str) -> Blocks:
         chosen = dict(self.blocks).get(stage)
-        return chosen or Blocks(*gpu_blocks.find("mosaic_gpu", stage, self.head_dim, self.keys))
+        return chosen or Blocks(*block_table.find("mosaic_gpu", stage, self.head_dim, self.keys))
 
 
 def supports(call: Call) -> None:

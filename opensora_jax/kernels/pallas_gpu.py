@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from opensora_jax.kernels import gpu_blocks, spec
+from opensora_jax.kernels import blocks as block_table
+from opensora_jax.kernels import spec
 from opensora_jax.kernels.spec import Call, Unsupported
 from opensora_jax.kernels.xla import HIDDEN
 
@@ -40,7 +41,7 @@ class Options(NamedTuple):
 
     def block(self, stage: str, q, k) -> Blocks:
         chosen = dict(self.blocks).get(stage)
-        chosen = chosen or Blocks(*gpu_blocks.find("pallas_gpu", stage, q.shape[-1], k.shape[1]))
+        chosen = chosen or Blocks(*block_table.find("pallas_gpu", stage, q.shape[-1], k.shape[1]))
         fit = lambda size, length: max(16, min(size, pl.next_power_of_2(length)))
         return chosen._replace(q=fit(chosen.q, q.shape[1]), k=fit(chosen.k, k.shape[1]))
 

@@ -1,13 +1,13 @@
-"""Our Pallas kernels for attention on TPUs: cross-attention over short texts, and flash attention for whole-tile heads.
+"""Our Pallas kernels for attention on TPUs: cross-attention over short texts, and flash attention over any number of keys.
 
-Both read [B, L, N*H] as projections write it: no transpose, no pad. Text keys (any head size up to 126) stay in fast
-memory while queries stream past, hidden keys and samples without text included (cross_tpu.py, on the kernels of
-stdit_tpu.py). Heads of 128 lanes, as in MMDiT, take the flash kernels of flash_tpu.py at any length.
+Text keys (up to 1024, heads of up to 126 that fill whole tiles) stay in fast memory while queries stream past, read as
+projections write them, hidden keys and samples without text included (cross_tpu.py, on the kernels of stdit_tpu.py). All
+else takes the flash kernels of flash_tpu.py, heads of 128 without a copy, as in MMDiT.
 """
 
 import jax.numpy as jnp
 
-from opensora_jax.kernels import cross_tpu, flash_tpu, spec, tpu_channels
+from opensora_jax.kernels import cross_tpu, flash_tpu, spec, tpu_channels, xla
 from opensora_jax.kernels.spec import Call, Unsupported, repeat
 from opensora_jax.kernels.tpu_lanes import LANES, Heads
 
@@ -15,13 +15,27 @@ from opensora_jax.kernels.tpu_lanes import LANES, Heads
 def supports(call: Call) -> None:
     if call.dtype not in ("bfloat16", "float32"):
         raise Unsupported(f"dtype {call.dtype}")
-    if call.head_dim == LANES:
-        return call.refuse("bias", "segment_ids", "causal", "kv_mask")
     call.refuse("bias", "segment_ids", "causal")
-    Heads(call.heads, call.head_dim).check()
-    tpu_channels.marks(Heads(call.heads, call.head_dim))
-    if call.keys > cross_tpu.MAX_KEYS:
-        raise Unsupported(f"{call.keys} keys of heads of {call.head_dim} are more than {cross_tpu.MAX_KEYS}")
+    if call.head_dim > LANES:
+        raise Unsupported(f"heads of {call.head_dim} are wider than {LANES} lanes")
+    if call.head_dim == LANES:
+        return call.refuse("kv_mask")
+    # Splitting heads of 72 and small programs cost more than XLA's scores do where these are few. Forward and backward, two
+    # heads, as many scores in all, v6e, XLA's cycles and static schedules, 2026-11-29: 0.80 ms by XLA and 1.94 here over 256
+    # keys, 0.54 and 0.95 over 512, 0.43 and 0.54 over 1024. In chunks XLA takes five times what these kernels take.
+    few = call.keys <= cross_tpu.MAX_KEYS and xla.score_bytes(call) <= xla.MAX_SCORE_BYTES
+    if few and not _stays(call.keys, Heads(call.heads, call.head_dim)):
+        raise Unsupported(f"{call.keys} keys are few, and {call.heads} heads of {call.head_dim} no whole tiles")
+
+
+def _stays(keys: int, heads: Heads) -> bool:
+    """Do the keys stay in fast memory, all heads of them?"""
+    try:
+        heads.check()
+        tpu_channels.marks(heads)
+    except Unsupported:
+        return False
+    return keys <= cross_tpu.MAX_KEYS
 
 
 def attention(
@@ -29,13 +43,13 @@ def attention(
 ):
     b, t, n, h = q_btnh.shape
     s = k_bsnh.shape[1]
-    interpret = spec.platform() != "tpu"
-    if h == LANES:
-        k_bsnh, v_bsnh, kv_lengths = repeat((k_bsnh, v_bsnh, kv_lengths), b)
-    q, k, v = (x.reshape(*x.shape[:2], n * h) for x in (q_btnh, k_bsnh, v_bsnh))
-    if h == LANES:
-        lengths = jnp.full(b, s, jnp.int32) if kv_lengths is None else kv_lengths.astype(jnp.int32)
-        out = flash_tpu.attend(q, k, v, lengths, heads=n, scale=float(scale), interpret=interpret)
-    else:
-        out = cross_tpu.attend(q, k, v, kv_lengths, kv_mask, Heads(n, h), float(scale), interpret)
+    heads, interpret = Heads(n, h), spec.platform() != "tpu"
+    flat = lambda x: x.reshape(*x.shape[:2], n * h)
+    if _stays(s, heads):
+        q, k, v = map(flat, (q_btnh, k_bsnh, v_bsnh))
+        return cross_tpu.attend(q, k, v, kv_lengths, kv_mask, heads, float(scale), interpret).reshape(q_btnh.shape)
+    k_bsnh, v_bsnh, kv_lengths, kv_mask = repeat((k_bsnh, v_bsnh, kv_lengths, kv_mask), b)
+    lengths = jnp.full(b, s, jnp.int32) if kv_lengths is None else kv_lengths.astype(jnp.int32)
+    q, k, v = map(flat, (q_btnh, k_bsnh, v_bsnh))
+    out = flash_tpu.attend(q, k, v, lengths, kv_mask, heads=heads, scale=float(scale), interpret=interpret)
     return out.reshape(q_btnh.shape)

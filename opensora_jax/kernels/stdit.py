@@ -76,7 +76,7 @@ def stdit_attention(
     fused = _fused(call, implementation)
     arrays = {"q_scale": q_scale, "k_scale": k_scale, "rope": rope, "kv_mask": kv_mask}
     static = {"num_heads": num_heads, "mode": mode, "norm_before_rope": norm_before_rope, "name": name}
-    if pieces > 1 and (fused is None or not fused.takes_pieces(mode, pieces, row)):
+    if pieces > 1 and (fused is None or not fused.takes_pieces(call, pieces)):
         whole = in_pieces.join(qkv_btsc, pieces, ROW[mode])
         out = stdit_attention(whole, implementation=implementation, **static, **arrays)
         return in_pieces.cut(out, pieces, ROW[mode])
@@ -114,14 +114,13 @@ def composed(
     b, t, s, c3 = qkv_btsc.shape
     # Pinned, with its cotangent: left to propagation, the gradient of the projection misses devices of `context`.
     qkv_btsc = shard.constrain(qkv_btsc, *AXES[mode], "heads")
-    qkv = qkv_btsc.reshape(b, t, s, 3, num_heads, -1)
-    if mode == "temporal":
-        qkv = qkv.swapaxes(1, 2)
+    qkv = qkv_btsc.swapaxes(1, 2) if mode == "temporal" else qkv_btsc
     outer, row = qkv.shape[1:3]
-    qkv = qkv.reshape(b * outer, row, 3, num_heads, -1)
-    q = xla.prepare(qkv[:, :, 0], q_scale, rope, norm_before_rope)
-    k = xla.prepare(qkv[:, :, 1], k_scale, rope, norm_before_rope)
+    # Cut into whole channels first: kernels that take them as they lie then split no heads.
+    q, k, v = (x.reshape(b * outer, row, num_heads, -1) for x in jnp.split(qkv, 3, axis=-1))
+    q = xla.prepare(q, q_scale, rope, norm_before_rope)
+    k = xla.prepare(k, k_scale, rope, norm_before_rope)
     mask = None if kv_mask is None else jnp.repeat(kv_mask, outer, axis=0)
-    out = dispatch.attention(q, k, qkv[:, :, 2], kv_mask=mask, implementation=implementation)
+    out = dispatch.attention(q, k, v, kv_mask=mask, implementation=implementation)
     out = out.reshape(b, outer, row, c3 // 3)
     return spec.named(out.swapaxes(1, 2) if mode == "temporal" else out, name)

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from opensora_jax.kernels import gpu_blocks, spec
+from opensora_jax.kernels import blocks as block_table
+from opensora_jax.kernels import spec
 from opensora_jax.kernels.pallas_gpu import LOG2E, dot, dots, interpreted, pieces
 from opensora_jax.kernels.spec import Call, Unsupported
 from opensora_jax.kernels.xla import HIDDEN
@@ -46,7 +47,7 @@ def supports(call: Call) -> None:
         raise Unsupported(f"head_dim {call.head_dim}")
 
 
-def takes_pieces(mode: str, pieces: int, row: int) -> bool:
+def takes_pieces(call: Call, pieces: int) -> bool:
     return False
 
 
@@ -57,7 +58,7 @@ def stdit_attention(
     b, t, s, c3 = qkv_btsc.shape
     temporal = mode == "temporal"
     row, rows = (t, s) if temporal else (s, t)
-    tile_rows, warps = blocks or gpu_blocks.find("stdit_gpu", "rows", c3 // 3 // num_heads, row)
+    tile_rows, warps = blocks or block_table.find("stdit_gpu", "rows", c3 // 3 // num_heads, row)
     padded = max(pl.next_power_of_2(row), 1)
     packed = max(1, max(tile_rows, 16) // padded)
     warps = warps if padded * packed <= 64 else 2 * warps

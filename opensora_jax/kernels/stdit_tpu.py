@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from opensora_jax.kernels import spec, stdit_tpu_backward, stdit_tpu_temporal, tpu_channels, tpu_slopes
+from opensora_jax.kernels import blocks, spec, stdit_tpu_backward, stdit_tpu_temporal, tpu_channels, tpu_slopes
 from opensora_jax.kernels.spec import Call, Unsupported
 from opensora_jax.kernels.tpu_lanes import (
     HIDE,
@@ -32,18 +32,20 @@ from opensora_jax.kernels.tpu_lanes import (
     rotation_tables,
 )
 from opensora_jax.kernels.tpu_rows import (
+    extra_bytes,
     extra_specs,
     hide_keys,
     own_float,
     preparation,
     reader,
+    row_sizes,
     rows_inside,
     rows_shown,
     whole_row,
 )
 
-VMEM_LIMIT = 100 << 20
-QUERY_BLOCK = {"forward": 512, "backward": 256}
+PASSES = ("forward", "backward")
+LEAST_QUERIES = 128  # at once; fewer push the keys again and again
 
 
 class Problem(NamedTuple):
@@ -80,16 +82,31 @@ def supports(call: Call) -> None:
     if call.kind == "temporal":
         return stdit_tpu_temporal.supports(call)
     tpu_channels.marks(Heads(call.heads, call.head_dim))
-    needed = _forward_bytes(call.queries, call.heads * call.head_dim, 2 if call.dtype == "bfloat16" else 4)
-    if needed > VMEM_LIMIT:
-        raise Unsupported(f"rows of {call.queries} tokens need {needed >> 20} MiB of VMEM")
+    most_queries(call)
 
 
-def _forward_bytes(size, channels, itemsize):
-    padded = -(-size // LANES) * LANES
-    rows = 4 * channels * itemsize + 2 * 2 * channels * itemsize  # double-buffered k and v, prepared k and v
-    scores = 2 * 4 + itemsize  # of one head, with those of the next and the weights of the one before
-    return padded * rows + QUERY_BLOCK["forward"] * (8 * channels * itemsize + scores * padded)
+def most_queries(call: Call) -> tuple[int, int]:
+    """At once, forward and backward: as the table says, forward halved until they fit. A row that is served forward must be
+    served backward, so both are asked for."""
+    forward, backward = (blocks.find("stdit_spatial", stage, call.head_dim, call.keys)[0] for stage in PASSES)
+    while _forward_bytes(call, forward) > blocks.vmem() and forward > LEAST_QUERIES:
+        forward = max(LEAST_QUERIES, forward // 2 // LANES * LANES)
+    for stage, needed in zip(PASSES, (_forward_bytes(call, forward), stdit_tpu_backward.least_bytes(call))):
+        if needed > blocks.vmem():
+            raise Unsupported(
+                f"rows of {call.keys} tokens need {needed >> 20} MiB of VMEM {stage}, {blocks.vmem() >> 20} are to be had"
+            )
+    return forward, backward
+
+
+def _forward_bytes(call: Call, most: int) -> int:
+    """What the compiler asks for, or up to 4% more (rows of 4096, v5p's messages, 2026-11-29)."""
+    padded, channels, itemsize = row_sizes(call)
+    kept = 2 * call.heads * LANES * itemsize  # prepared k and v
+    scores = 3 * 4 + itemsize  # of one head, those of the next in the making, and the weights of the one before
+    return padded * (4 * channels * itemsize + kept + extra_bytes(call)) + most * (
+        8 * channels * itemsize + scores * padded
+    )
 
 
 def stdit_attention(
@@ -104,7 +121,6 @@ def stdit_attention(
     kv_mask=None,
     pieces=1,
     name=None,
-    block=None,
     interpret=None,
 ):
     b, t, s, c3 = qkv_btsc.shape
@@ -117,20 +133,25 @@ def stdit_attention(
     extras = {} if norm is None else {"norm": norm}
     size = pieces * s
     fitting = functools.partial(whole_pieces, s, pieces) if pieces > 1 else functools.partial(even_blocks, s)
-    blocks = [block or fitting(most) for most in QUERY_BLOCK.values()]
-    problem = Problem(heads, size, *blocks, norm_before_rope, t, interpret, pieces, name)
+    optional = {"norm": q_scale, "rope": rope, "kv_mask": kv_mask}
+    present = frozenset(name for name, value in optional.items() if value is not None)
+    call = Call("spatial", b * t // pieces, size, size, num_heads, heads.dim, str(qkv_btsc.dtype), present)
+    queries = [fitting(most) for most in most_queries(call)]
+    problem = Problem(heads, size, *queries, norm_before_rope, t, interpret, pieces, name)
     if rope is not None:
-        extras["rope"] = rotation_tables(rope, max(problem.padded, *(-(-s // size) * size for size in blocks)))
+        extras["rope"] = rotation_tables(rope, max(problem.padded, *(-(-s // size) * size for size in queries)))
     if kv_mask is not None:
         hidden = jnp.where(kv_mask, 0.0, HIDE)[:, :, None].astype(jnp.float32)
         extras["hidden"] = jnp.broadcast_to(hidden, (*kv_mask.shape, LANES))
     return _attend(qkv_btsc.reshape(pieces, -1, s, c3), extras, problem).reshape(b, t, s, c3 // 3)
 
 
-def takes_pieces(mode: str, pieces: int, row: int) -> bool:
+def takes_pieces(call: Call, pieces: int) -> bool:
     """Can the kernels read rows in pieces where they lie?"""
-    piece = row // pieces
-    return mode == "temporal" or (piece % 16 == 0 and row % LANES == 0 and piece <= QUERY_BLOCK["forward"])
+    piece = call.keys // pieces
+    if call.kind == "temporal":
+        return True
+    return piece % 16 == 0 and call.keys % LANES == 0 and piece <= most_queries(call)[0]
 
 
 def whole_pieces(piece: int, pieces: int, most: int) -> int:
@@ -159,7 +180,7 @@ def _attend_forward(qkv, extras, problem):
 
 def _attend_backward(problem, residuals, d_out):
     qkv, extras, out, logs = residuals
-    d_qkv, *d_norm = stdit_tpu_backward.gradients(qkv, extras, d_out, out, logs, problem, VMEM_LIMIT)
+    d_qkv, *d_norm = stdit_tpu_backward.gradients(qkv, extras, d_out, out, logs, problem)
     d_extras = jax.tree.map(jnp.zeros_like, extras)
     if d_norm:
         d_extras["norm"] = d_norm[0].sum((0, 2))
@@ -285,7 +306,7 @@ def forward_call(name, q, k, v, lanes, extras, problem, logs=False):
         out_shape=[jax.ShapeDtypeStruct((*q.shape[:3], width), q.dtype) for width in widths],
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=blocks.vmem()
         ),
         interpret=problem.interpret,
         name=name,

@@ -10,13 +10,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from opensora_jax.kernels import spec, tpu_channels, tpu_slopes
+from opensora_jax.kernels import blocks, tpu_channels, tpu_slopes
+from opensora_jax.kernels.spec import Call
 from opensora_jax.kernels.tpu_lanes import LANES, LOG2E
 from opensora_jax.kernels.tpu_rows import (
+    extra_bytes,
     extra_specs,
     own_float,
     preparation,
     reader,
+    row_sizes,
     rows_inside,
     rows_shown,
     whole_row,
@@ -25,11 +28,26 @@ from opensora_jax.kernels.tpu_rows import (
 STRAIGHT = 4  # blocks
 
 
-def gradients(qkv, extras, d_out, out, logs, problem, vmem_limit):
+def least_bytes(call: Call) -> int:
+    """Of fast memory."""
+    return _bytes(*row_sizes(call), extra_bytes(call), 1)
+
+
+def _bytes(padded: int, channels: int, itemsize: int, extra: int, buffers: int) -> int:
+    """What the compiler asks for, or up to TODO more."""
+    moving = (
+        buffers * (8 * channels + LANES) * itemsize
+    )  # qkv and its gradients, the result and its gradient, logarithms
+    kept = LANES * (itemsize + 16 + 0 * itemsize)
+    return padded * (moving + kept + extra)
+
+
+def gradients(qkv, extras, d_out, out, logs, problem):
     """Of qkv and, where there is a norm, of its weights: [rows, 2, 8, C]. logs: [pieces, rows, .., 128], the forward pass's."""
     rows, c3 = qkv.shape[1], qkv.shape[3]
     padded = max(problem.padded, -(-problem.size // problem.block_backward) * problem.block_backward)
-    single = _single(padded * c3, qkv.dtype)
+    double = _bytes(padded, c3 // 3, qkv.dtype.itemsize, 0, 2) <= blocks.vmem()
+    single = {} if double else {"pipeline_mode": pl.Buffered(1)}
     row = lambda width: pl.BlockSpec(whole_row(problem, padded, width), lambda i: (0, i, 0, 0), **single)
     out_specs, out_shape = [row(c3)], [jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)]
     if "norm" in extras:
@@ -44,16 +62,10 @@ def gradients(qkv, extras, d_out, out, logs, problem, vmem_limit):
         out_specs=out_specs,
         out_shape=out_shape,
         scratch_shapes=[pltpu.VMEM((padded, LANES), qkv.dtype), total, total],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=vmem_limit),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=blocks.vmem()),
         interpret=problem.interpret,
         name="stdit_spatial_backward",
     )(qkv, d_out, out, logs, extras)
-
-
-def _single(elements, dtype):
-    """Long rows are not double-buffered: they would not fit. v5p has 64 MiB of fast memory, v5e and v6e have 128."""
-    most = (4 if spec.chip() == "v5p" else 12) << 20
-    return {"pipeline_mode": pl.Buffered(1)} if elements * jnp.dtype(dtype).itemsize > most else {}
 
 
 def _kernel(qkv_ref, do_ref, out_ref, logs_ref, extras, d_ref, *rest, problem):

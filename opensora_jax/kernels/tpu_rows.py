@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from opensora_jax.kernels.spec import Call
 from opensora_jax.kernels.tpu_lanes import HIDE, LANES, Heads, Preparation, aligned, at_lane, norm_weight
 
 
@@ -17,6 +18,16 @@ def extra_specs(extras, problem):
             lambda row, *_: (jax.lax.rem(jax.lax.div(row, problem.outer), extras["hidden"].shape[0]), 0, 0),
         )
     return specs
+
+
+def row_sizes(call: Call) -> tuple[int, int, int]:
+    """Rows in whole tiles, channels, bytes of an element."""
+    return -(-call.keys // LANES) * LANES, call.heads * call.head_dim, 2 if call.dtype == "bfloat16" else 4
+
+
+def extra_bytes(call: Call) -> int:
+    """A token's share of tables and key mask, all in float32 and double-buffered."""
+    return 8 * LANES * (2 * ("rope" in call.extras) + ("kv_mask" in call.extras))
 
 
 def whole_row(problem, rows: int, channels: int) -> tuple[int, ...]:

@@ -111,6 +111,7 @@ CASES = [
     temporal("v1.0 temporal T=32", 8, 32, 1024),
     temporal("v1.0 temporal T=64", 4, 64, 1024),
     cross("v1.0 cross 64x512 text 120", 4, 16384, 120, ragged=True),
+    cross("v1.0 spatial 1080p", 1, 8160, 8160),  # rows of spatial attention longer than its own kernel takes
     # 1.1 (STDiT2): rotation before the norm
     temporal("v1.1 temporal T=16 360p", 2, 16, 920, norm_before_rope=False, **V12),
     # 1.2 (STDiT3): q/k norm everywhere, rotation in temporal blocks, ragged positions

@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks import attention as benchmark
 from benchmarks.attention_runs import TUNED, alternatives
-from opensora_jax.kernels import gpu_blocks, spec
+from opensora_jax.kernels import blocks as block_table
+from opensora_jax.kernels import spec
 from opensora_jax.plan.chips import CHIPS
 from tests.kernels.cases import BY_NAME
 
@@ -41,25 +42,25 @@ def test_the_verdict_names_what_is_slower_and_what_is_missing():
 
 
 def test_the_fastest_correct_blocks_reach_the_kernels(tmp_path, monkeypatch):
-    file = tmp_path / "gpu_blocks.json"
-    file.write_text(gpu_blocks.FILE.read_text())
-    monkeypatch.setattr(gpu_blocks, "FILE", file)
-    gpu_blocks.table.cache_clear()
+    file = tmp_path / "blocks.json"
+    file.write_text(block_table.FILE.read_text())
+    monkeypatch.setattr(block_table, "FILE", file)
+    block_table.table.cache_clear()
     blocks = lambda n: {"kernel": "mosaic_gpu", "forward": (n, 2), "dkv": (n // 2, 2)}
     records = [record("a", 2.0, 1.0, blocks=blocks(64)), record("b", 1.0, 2.0, blocks=blocks(128))]
     records.append(record("c", 0.5, 0.5, blocks=blocks(96), correct=False))
-    gpu_blocks.write(benchmark.fastest_blocks(records, "hopper"))
-    find = lambda stage, length: gpu_blocks.find("mosaic_gpu", stage, 128, length)
+    block_table.write(benchmark.fastest_blocks(records, "hopper"))
+    find = lambda stage, length: block_table.find("mosaic_gpu", stage, 128, length)
     with spec.target("hopper"):
         assert (find("forward", CASE.keys), find("dkv", 100)) == ((128, 2), (32, 2))
         assert find("forward", CASE.keys + 1) == (128, 2)  # the row for any chip
-    gpu_blocks.write(
+    block_table.write(
         [json.loads(json.dumps(row)) | {"blocks": [160, 2]} for row in benchmark.fastest_blocks(records, "hopper")]
     )
     with spec.target("hopper"):
         assert find("forward", CASE.keys) == (160, 2)
     monkeypatch.undo()
-    gpu_blocks.table.cache_clear()
+    block_table.table.cache_clear()
 
 
 @pytest.mark.parametrize("name", TUNED)

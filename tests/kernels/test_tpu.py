@@ -5,16 +5,20 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from opensora_jax.kernels import spec, stdit_tpu, stdit_tpu_backward, tpu_slopes
+from opensora_jax import work
+from opensora_jax.kernels import attention as dispatch
+from opensora_jax.kernels import blocks, cross_tpu, flash_tpu, spec, stdit_tpu, stdit_tpu_backward, tpu_slopes
 from opensora_jax.kernels.attention import attention
 from opensora_jax.kernels.spec import Unsupported
 from opensora_jax.kernels.stdit import ROW, stdit_attention
 from opensora_jax.kernels.tpu_lanes import Heads
 from opensora_jax.parallel import pieces
 from tests.kernels.cases import BY_NAME, CASES
-from tests.kernels.compare import GRADIENT, check, relative
+from tests.kernels.compare import FORWARD, GRADIENT, both, check, relative
+from tests.kernels.reference import attention64, gradients64
 
 # Four heads of 96 span lane tiles as sixteen of 72 do, at a quarter of the work.
 SMALL = {
@@ -37,21 +41,21 @@ def test_fused_rows_match_float64(name, dtype):
     run = functools.partial(stdit_attention, implementation="pallas_tpu")
     if name.startswith("v1.0"):  # as a stream lies that is exchanged with three other devices
         case = replace(case, keys=128) if case.kind == "spatial" else case
-        assert stdit_tpu.takes_pieces(case.kind, 4, case.row)
+        assert stdit_tpu.takes_pieces(call_of(case), 4)
         run = functools.partial(through_pieces, run)
     check(case, dtype, run)
 
 
 @pytest.mark.parametrize("straight, parts", [(1, 1), (9, 1), (9, 2)])
 def test_gradients_of_rows_in_many_tiles(straight, parts, monkeypatch):
-    monkeypatch.setitem(stdit_tpu.QUERY_BLOCK, "backward", 48)
     monkeypatch.setattr(stdit_tpu_backward, "STRAIGHT", straight)
     monkeypatch.setattr(tpu_slopes, "KEY_TILE", 64)
     monkeypatch.setattr(tpu_slopes, "QUERY_TILE", 32)
     keys, head_dim = (112, 96) if parts == 1 else (256, 32)
     case = replace(BY_NAME["v1.3 window T=15"], batch=1, queries=1, keys=keys, heads=4, head_dim=head_dim)
     run = functools.partial(stdit_attention, implementation="pallas_tpu")
-    check(case, "float32", functools.partial(through_pieces, run, parts=parts) if parts > 1 else run)
+    with blocks.trying("stdit_spatial", backward=(48,)):
+        check(case, "float32", functools.partial(through_pieces, run, parts=parts) if parts > 1 else run)
 
 
 @pytest.mark.parametrize("heads", [Heads(16, 72), Heads(32, 12), Heads(4, 32)])
@@ -91,6 +95,12 @@ def through_pieces(run, qkv, *, mode, parts=4, **options):
     return pieces.join(out, parts, ROW[mode])
 
 
+def call_of(case, **changed):
+    row = {"queries": case.row, "keys": case.row} if case.fused else {"queries": case.queries, "keys": case.keys}
+    call = spec.Call(case.kind, case.batch, *row.values(), case.heads, case.head_dim, "bfloat16")
+    return replace(call, **changed)
+
+
 @pytest.mark.parametrize("name, heads, head_dim", [("v1.0 cross 64x512 text 120", 4, 96), ("v2.0 joint 256px", 2, 128)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_attention_matches_float64(name, heads, head_dim, dtype):
@@ -98,6 +108,48 @@ def test_attention_matches_float64(name, heads, head_dim, dtype):
     if head_dim == 128:
         case = replace(case, batch=2, queries=150, keys=280, ragged=True)
     check(case, dtype, functools.partial(attention, implementation="pallas_tpu"))
+
+
+FLASH = {  # heads, head size, dtype, what is hidden
+    "two heads fill no tiles": (2, 72, "float32", ()),
+    "lengths, one sample blind": (2, 72, "float32", ("kv_lengths",)),
+    "mask": (4, 96, "bfloat16", ("kv_mask",)),
+    "lengths and mask": (3, 40, "float32", ("kv_lengths", "kv_mask")),
+    "whole tiles": (1, 128, "float32", ("kv_lengths",)),
+}
+
+
+@pytest.mark.parametrize("name", FLASH)
+def test_flash_attention_matches_float64(name, monkeypatch):
+    """Several blocks of queries and keys, ragged ones, gradients in several runs of queries."""
+    heads, head_dim, dtype, hidden = FLASH[name]
+    monkeypatch.setattr(cross_tpu, "MAX_KEYS", 128)
+    monkeypatch.setattr(flash_tpu, "PART", 128)
+    monkeypatch.setattr(flash_tpu, "MOST_QUERIES", 256)
+    rng = np.random.default_rng(0)
+    q, k, v, cotangent = (
+        jnp.asarray(rng.normal(size=(2, length, heads, head_dim)), dtype) for length in (300, 280, 280, 300)
+    )
+    options = {"kv_lengths": np.array([0, 210]), "kv_mask": rng.random((2, 280)) < 0.6}
+    options = {key: options[key] for key in hidden}
+    with blocks.trying("flash_tpu", forward=(256, 128), backward=(128, 256)):
+        out, found = both(functools.partial(attention, implementation="pallas_tpu", **options), cotangent, q, k, v)
+    wide = [np.asarray(x, np.float32) for x in (q, k, v)]
+    assert relative(out, attention64(*wide, **options)) < FORWARD[dtype]
+    exact = gradients64(attention64, np.asarray(cotangent, np.float32), {}, tuple(wide), **options)[1:]
+    for ours, reference in zip(found, exact, strict=True):
+        assert relative(ours.astype(jnp.float32), reference) < GRADIENT[dtype]
+
+
+def test_rows_too_long_for_fast_memory_take_flash_attention(monkeypatch):
+    """With everything that a row brings along: norm, rotation and hidden tokens."""
+    monkeypatch.setattr(blocks, "vmem", lambda: 1 << 20)
+    monkeypatch.setattr(cross_tpu, "MAX_KEYS", 128)
+    case = replace(BY_NAME["v1.3 window T=15"], batch=1, queries=2, keys=136, heads=4, head_dim=96)
+    run = functools.partial(stdit_attention, implementation="pallas_tpu")
+    jaxpr = str(jax.make_jaxpr(functools.partial(run, **case.inputs()[1]))(*case.inputs()[0]))
+    assert "flash_tpu" in jaxpr and "stdit_spatial" not in jaxpr
+    check(case, "float32", run)
 
 
 @pytest.mark.parametrize("implementation", ["pallas_tpu", "xla"])
@@ -133,11 +185,65 @@ def test_lowers_to_mosaic_at_full_size(name):
 def test_automatic_choice_on_a_tpu():
     for case in CASES:
         if case.fused:
-            stdit_tpu.supports(spec.Call(case.kind, 1, case.row, case.row, case.heads, case.head_dim, "bfloat16"))
+            stdit_tpu.supports(call_of(case))
     shapes = jax.ShapeDtypeStruct((1, 2, 128, 3 * 384), jax.numpy.bfloat16)
     with spec.target("v5e"):
         jaxpr = str(jax.make_jaxpr(functools.partial(stdit_attention, num_heads=4))(shapes))
     assert "stdit_spatial" in jaxpr
+
+
+@pytest.mark.parametrize(
+    "queries, heads, head_dim, extras, chosen",
+    [
+        (102400, 2, 72, (), "pallas_tpu"),
+        (4096, 16, 72, ("kv_mask",), "pallas_tpu"),
+        (8828, 24, 128, ("kv_lengths",), "pallas_tpu"),
+        (8828, 24, 128, ("kv_mask",), "xla"),
+        (512, 2, 72, (), "xla"),
+        (77, 12, 64, ("causal",), "xla"),
+    ],
+)
+def test_short_rows_of_odd_heads_are_left_to_xla(queries, heads, head_dim, extras, chosen):
+    call = spec.Call("attention", 1, queries, queries, heads, head_dim, "bfloat16", frozenset(extras))
+    with spec.target("v6e"):
+        assert dispatch.choose(call, dispatch.BACKENDS, dispatch.PREFERENCE, None) == chosen
+
+
+def test_queries_at_once_follow_the_chip():
+    call = spec.Call("spatial", 1, 4096, 4096, 16, 72, "bfloat16", frozenset({"norm"}))
+    with spec.target("v6e"):
+        assert stdit_tpu.most_queries(call) == (256, 256)
+    with spec.target("v5p"), pytest.raises(Unsupported, match="60 are to be had"):  # has half the fast memory
+        stdit_tpu.supports(call)
+
+
+def test_kernels_take_the_blocks_of_their_chip(monkeypatch):
+    own = {
+        "chip": "v6e",
+        "kernel": "flash_tpu",
+        "pass": "forward",
+        "head_dim": 128,
+        "length": 2048,
+        "blocks": [256, 1024],
+    }
+    spatial = own | {"kernel": "stdit_spatial", "length": 1024, "blocks": [128]}
+    rows = [own, spatial, *(row for row in blocks.table() if row["chip"] == "any")]
+    monkeypatch.setattr(blocks, "table", lambda: rows)
+
+    def grid(chip, run, *shape):
+        operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * (3 if run is attention else 1)
+        with spec.target(chip):
+            traced = jax.make_jaxpr(lambda *given: run(*given))(
+                *operands
+            )  # anew: jax keeps what a function was traced to
+        kernels = {kernel.name: kernel.equation.params["grid_mapping"].grid for kernel in work.count(traced).kernels}
+        return kernels.get("flash_tpu") or kernels["stdit_spatial"]
+
+    spatial = functools.partial(stdit_attention, num_heads=16)
+    assert grid("v6e", attention, 1, 2048, 2, 72) == (1, 2, 8, 2)
+    assert grid("v5e", attention, 1, 2048, 2, 72) == (1, 2, 4, 1)
+    assert grid("v6e", spatial, 1, 2, 1024, 3456) == (2, 8)
+    assert grid("v5e", spatial, 1, 2, 1024, 3456) == (2, 2)
 
 
 def test_layouts_that_do_not_fit_are_refused_with_the_reason():

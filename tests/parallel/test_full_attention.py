@@ -1,5 +1,6 @@
 """Full attention over shared-out tokens: every method equals attention on one device, gradients included."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from opensora_jax.common.errors import UserError
-from opensora_jax.kernels import full, xla
+from opensora_jax.kernels import cross_tpu, full, xla
 from opensora_jax.parallel import shard
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 
@@ -62,6 +63,20 @@ def test_every_method_equals_one_device(arrays, expected, width, monkeypatch):
         for name, ours in cases.items():
             for label, a, b in zip(("out", "d_q", "d_k", "d_v"), ours, expected[name]):
                 np.testing.assert_allclose(a, b, rtol=0, atol=3e-5, err_msg=f"{method}, {name}: {label}")
+
+
+@pytest.mark.parametrize("method", ["heads", "gather"])
+def test_a_device_attends_by_the_kernel_of_a_tpu(method, arrays, expected, monkeypatch):
+    """Two heads of 4 a device fill no tile; padding at the end is hidden."""
+    monkeypatch.setattr(cross_tpu, "MAX_KEYS", 16)
+    monkeypatch.setattr(full, "attention", functools.partial(full.attention, implementation="pallas_tpu"))
+    with shard.use(layout_of(4, method)) as where:
+        placed = [jax.device_put(x, where.sharding(("batch", "tokens", None, None), x.shape)) for x in arrays]
+        run = jax.jit(value_and_gradients(VISIBLE["a short end"]))
+        assert "flash_tpu_backward" in str(run.trace(*placed).jaxpr)
+        found = jax.device_get(run(*placed))
+    for a, b in zip(found, expected["a short end"]):
+        np.testing.assert_allclose(a, b, rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize(
