@@ -28,7 +28,7 @@ from opensora_jax.training.state import abstract_state
 # Of peak, in fused code. STDiT 1.0 compiles for v6e to 0.49 by static schedules of its kernels, and to 0.65 there and 0.87 on v5p
 # by their roofline (2026-11-29); the others were not compiled.
 EFFICIENCY = {"gpu": 0.45, "v4": 0.45, "v5e": 0.4, "v5p": 0.6, "v6e": 0.5, "tpu7x": 0.3}
-FUSED = 0.7  # of a layer's values at one moment, what the compiler leaves after fusion (STDiT on v5p:4x4x4: 0.68)
+FUSED = 0.9  # of a layer's values at one moment, what the compiler leaves after fusion (STDiT 1.0 on v6e:2x4: 0.83)
 ENCODERS = "what VAE and text encoder keep while they run is not counted: compile for a TPU topology to know"
 FULL_ATTENTION = ("dit", "mmdit", "pixart")  # every token sees every other: q, k, v and o change places
 

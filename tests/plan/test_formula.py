@@ -123,13 +123,12 @@ def test_the_formula_agrees_with_the_tpu_compiler():
     cfg = config.build(RunConfig, config.load("configs/v1_0/stdit.py", ["--config.mesh.fsdp=1"]), "config")
     plan = formula.Traced.of(target.traced(cfg, GPUS, "train")).plan(cfg, GPUS)
     moved = {c.kind: c.moved for c in plan.collectives}
-    assert plan.hardware_flops / 8 == pytest.approx(56.82e12, rel=1e-3)
+    assert plan.hardware_flops / 8 == pytest.approx(54.68e12, rel=1e-3)
     assert moved["all-to-all"] == pytest.approx(2312.1e6, rel=1e-3)
     assert moved["all-gather"] == pytest.approx(2629.4e6, rel=0.1)
-    summed = 1197.9e6 + 265.6e6 / 2  # the compiler's all-reduces move twice as much as a reduce-scatter
-    assert moved["reduce-scatter"] == pytest.approx(summed, rel=0.1)
+    assert moved["reduce-scatter"] == pytest.approx(1328.0e6, rel=0.1)
     assert plan.memory.arguments == pytest.approx(1.543e9, rel=0.02)
-    assert 3.20e9 < plan.memory.peak < 1.35 * 3.20e9  # never promises what does not fit
+    assert 3.28e9 < plan.memory.peak < 1.35 * 3.28e9  # never promises what does not fit
 
 
 def test_only_sparse_cores_exchange_beside_computation():
