@@ -1,7 +1,7 @@
 """Block sizes of our TPU kernels without a TPU: compile alternatives ahead of time, keep the shortest static schedule.
 
     pip install libtpu                                  # into an environment of its own; extra "aot"
-    python -m benchmarks.tpu_blocks --chips v6e         # a table
+    python -m benchmarks.tpu_blocks --chips v6e         # a table; --kernels cross_attention: of one kernel
     python -m benchmarks.tpu_blocks --write             # v5e, v5p and v6e, into opensora_jax/kernels/blocks.json
 
 Every figure is an ESTIMATE: bundles x trips / clock, as in tpu_schedule.py, or the time in which the kernel's blocks come
@@ -111,12 +111,14 @@ def _streamed(subject: Subject, case, sizes, chip: str) -> float:
     return case.batch * case.heads * stays * moves * 2 * 128 * 2 / chips.CHIPS[chip].bandwidth
 
 
-def tune(chip: str) -> None:
+def tune(chip: str, kernels: list[str] | None) -> None:
     """In a process of its own, which libtpu loads into once: one JSON line for every subject."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ.update(QUIET | {"TPU_LOG_DIR": name, "LIBTPU_INIT_ARGS": dump_to(name), "XLA_FLAGS": ""})
         for subject in SUBJECTS:
+            if kernels and subject.kernel not in kernels:
+                continue
             found = {}
             for sizes in subject.tried:
                 try:
@@ -145,17 +147,19 @@ def rows(subject: Subject, chip: str, found: dict[tuple[int, ...], float]) -> li
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--kernels", nargs="+", choices=sorted({s.kernel for s in SUBJECTS}), help="only these")
     parser.add_argument("--write", action="store_true", help="the best go into opensora_jax/kernels/blocks.json")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.here:
-        tune(arguments.chips[0])
+        tune(arguments.chips[0], arguments.kernels)
         return 0
     from opensora_jax.kernels import blocks
 
     print("| kernel, pass | case | chip | ms by sizes (ESTIMATE) |\n|---|---|---|---|")
     for chip in arguments.chips:
         command = [sys.executable, "-m", "benchmarks.tpu_blocks", "--here", "--chips", chip]
+        command += ["--kernels", *arguments.kernels] if arguments.kernels else []
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
             for line in child.stdout:
                 record = json.loads(line)
