@@ -32,7 +32,6 @@ from opensora_jax.kernels.tpu_lanes import (
     rotation_tables,
 )
 from opensora_jax.kernels.tpu_rows import (
-    extra_bytes,
     extra_specs,
     hide_keys,
     own_float,
@@ -101,12 +100,10 @@ def most_queries(call: Call) -> tuple[int, int]:
 
 def _forward_bytes(call: Call, most: int) -> int:
     """Not less than the compiler asks for: 70 MiB where it takes 63 (rows of 3,600, 128 queries, v5p, 2026-11-29)."""
-    padded, channels, itemsize = row_sizes(call)
+    padded, channels, itemsize, extra = row_sizes(call)
     kept = 2 * call.heads * LANES * itemsize  # prepared k and v
     scores = 3 * 4 + itemsize  # of one head, those of the next in the making, and the weights of the one before
-    return padded * (4 * channels * itemsize + kept + extra_bytes(call)) + most * (
-        8 * channels * itemsize + scores * padded
-    )
+    return padded * (4 * channels * itemsize + kept + extra) + most * (8 * channels * itemsize + scores * padded)
 
 
 def stdit_attention(

@@ -31,7 +31,7 @@ LONGEST_BLOCK = 256  # queries
 
 def least_bytes(call: Call) -> int:
     """Of fast memory."""
-    return _bytes(*row_sizes(call), extra_bytes(call), 1)
+    return _bytes(*row_sizes(call), buffers=1)
 
 
 def _bytes(padded: int, channels: int, itemsize: int, extra: int, buffers: int) -> int:
@@ -48,7 +48,8 @@ def gradients(qkv, extras, d_out, out, logs, problem):
     """Of qkv and, where there is a norm, of its weights: [rows, 2, 8, C]. logs: [pieces, rows, .., 128], the forward pass's."""
     rows, c3 = qkv.shape[1], qkv.shape[3]
     padded = max(problem.padded, -(-problem.size // problem.block_backward) * problem.block_backward)
-    double = _bytes(padded, c3 // 3, qkv.dtype.itemsize, 0, 2) <= blocks.vmem()
+    extra = extra_bytes("rope" in extras, "hidden" in extras)
+    double = _bytes(padded, c3 // 3, qkv.dtype.itemsize, extra, buffers=2) <= blocks.vmem()
     single = {} if double else {"pipeline_mode": pl.Buffered(1)}
     row = lambda width: pl.BlockSpec(whole_row(problem, padded, width), lambda i: (0, i, 0, 0), **single)
     out_specs, out_shape = [row(c3)], [jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)]

@@ -20,14 +20,15 @@ def extra_specs(extras, problem):
     return specs
 
 
-def row_sizes(call: Call) -> tuple[int, int, int]:
-    """Rows in whole tiles, channels, bytes of an element."""
-    return -(-call.keys // LANES) * LANES, call.heads * call.head_dim, 2 if call.dtype == "bfloat16" else 4
+def row_sizes(call: Call) -> tuple[int, int, int, int]:
+    """Rows in whole tiles, channels, bytes of an element, and `extra_bytes`."""
+    extra = extra_bytes("rope" in call.extras, "kv_mask" in call.extras)
+    return -(-call.keys // LANES) * LANES, call.heads * call.head_dim, 2 if call.dtype == "bfloat16" else 4, extra
 
 
-def extra_bytes(call: Call) -> int:
+def extra_bytes(rope: bool, mask: bool) -> int:
     """A token's share of tables and key mask, all in float32 and double-buffered."""
-    return 8 * LANES * (2 * ("rope" in call.extras) + ("kv_mask" in call.extras))
+    return 8 * LANES * (2 * rope + mask)
 
 
 def whole_row(problem, rows: int, channels: int) -> tuple[int, ...]:
