@@ -184,6 +184,10 @@ def words_of(x):
     return x if x.dtype == jnp.float32 else pltpu.bitcast(x, jnp.int32)
 
 
+def only(words, bits):
+    return jnp.where(bits != 0, words, 0.0) if words.dtype == jnp.float32 else words & bits
+
+
 def values_of(words, dtype):
     return words if dtype == jnp.float32 else pltpu.bitcast(words, dtype)
 
@@ -239,9 +243,11 @@ def prepare(problem, qkv_ref, extras, words, turned):
         at = pl.ds(pl.multiple_of(first * problem.words, problem.words), rows)
 
         # As 32-bit words in fast memory first: bfloat16 blocks arrive in half-filled registers.
+        inside = words_inside(problem, rows)
         for tile in range(3 * tiles):
             x = qkv_ref[(*frames_at(problem, first, count), slice(None), lanes(tile))]
-            words[tile, at] = words_of(x.reshape(count * problem.block, LANES))
+            x = words_of(x.reshape(count * problem.block, LANES))
+            words[tile, at] = x if inside is None or tile < tiles else only(x, inside)
 
         def times(x, name, which, tile):
             frames = pl.ds(first, count) if extras[name].shape[1] > 1 else slice(None)
@@ -293,24 +299,17 @@ def prepare(problem, qkv_ref, extras, words, turned):
     used = problem.frames * problem.words
     for tile in range(3 * tiles if problem.padded != problem.frames else 0):
         words[tile, used:, :] = jnp.zeros((words.shape[1] - used, LANES), words.dtype)
-    if problem.positions % problem.block:
-        pl.when(pl.program_id(1) == pl.num_programs(1) - 1)(functools.partial(clear, problem, words))
 
 
-def clear(problem, words):
-    """Keys and values of positions that do not exist may be anything, even NaN."""
-    tiles, exist = problem.heads.tiles, problem.positions % problem.block
-    word = jax.lax.broadcasted_iota(jnp.int32, words.shape[1:], 0) & problem.words - 1
-    whole, part = word < exist // problem.pack, word <= exist // problem.pack
-
-    def body(tile, _):
-        x = words[tiles + tile]
-        zero = jnp.zeros_like(x)
-        inside = jnp.where(part, x & 0xFFFF, zero) if problem.pack == 2 and exist % 2 else zero
-        words[tiles + tile] = jnp.where(whole, x, inside)
-        return 0
-
-    jax.lax.fori_loop(0, 2 * tiles, body, 0)
+def words_inside(problem, rows):
+    """[rows, 128]: the bits of each word that are of positions that exist; None where all do. What a block reads beyond the
+    last position may be anything, even NaN."""
+    if problem.positions % problem.block == 0:
+        return None
+    exist = problem.positions - pl.program_id(1) * problem.block
+    word = jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 0) & problem.words - 1
+    whole, part = (word < jax.lax.div(exist + more, problem.pack) for more in (0, problem.pack - 1))
+    return jnp.where(whole, -1, jnp.where(part, 0xFFFF, 0))
 
 
 def load(problem, words, tile, index, dtype):
