@@ -19,12 +19,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from opensora_jax.kernels import stdit_tpu_temporal_backward, tpu_channels
 from opensora_jax.kernels.spec import Call, Unsupported
-from opensora_jax.kernels.tpu_lanes import LANES, ROWS_BY_ROWS, Heads, dot
+from opensora_jax.kernels.tpu_lanes import COLUMNS_BY_COLUMNS, LANES, ROWS_BY_ROWS, Heads, dot
 
 MAX_ROW = 128
 TILE_ROWS = 128
-CHUNK_ROWS = 128  # normalised and rotated at once
-TOGETHER = 4  # heads whose stages interleave: hides the latency of one behind the others
+CHUNK_ROWS = 256  # normalised and rotated at once
 PERIOD = 8  # lanes of a position's code: four bits and their complements, so 16 positions a tile
 FAR = -1e9
 HIGH_HALF = np.int32(-65536)
@@ -211,7 +210,8 @@ def pack(parts, interpret):
 
 def each_chunk(problem, body):
     """body(first frame, count) over all frames, never across pieces; the last chunk may repeat frames of the one before."""
-    count = min(problem.frames, max(1, CHUNK_ROWS // problem.block))
+    chunks = -(-problem.frames * problem.block // CHUNK_ROWS)
+    count = -(-problem.frames // chunks)
     while problem.pieces > 1 and problem.piece % count:
         count -= 1
     chunks = -(-problem.frames // count)
@@ -343,25 +343,25 @@ def kernel(qkv_ref, extras, o_ref, words, gathered, *, problem):
         x = heads.gather(lambda tile: load(problem, words, which * tiles + tile, index, dtype), head)
         return jnp.where(heads.own(head, rows), x, other)
 
-    groups = [range(first, min(first + TOGETHER, heads.count)) for first in range(0, heads.count, TOGETHER)]
     beside = 2 - problem.tiles % 2  # tiles of scores in one turn of the loop
 
     def body(first):
         lane = jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
         totals = [jnp.ones((rows, LANES), jnp.float32)] * beside
-        work = [[(slot, head) for head in group] for slot in range(beside) for group in groups]
+        work = [[(slot, head) for head in range(heads.count)] for slot in range(beside)]
         scores, weights = {}, {}
-        # One group's products run beside the softmax of the group before and the output of the one before that.
+        # One tile's products run beside the softmax of the tile before and the output of the one before that.
         for starting, between, ending in zip([*work, [], []], [[], *work, []], [[], [], *work]):
             for slot, head in starting:
                 q = operand(first + slot, 0, head, extras["q_code"][...])
                 k = operand(first + slot, 1, head, extras["k_code"][0])
-                scores[slot, head] = dot(q, k, ROWS_BY_ROWS)
+                scores[slot, head] = dot(k, q, ROWS_BY_ROWS)
             for item in between:
                 x = scores.pop(item)
-                weights[item] = jnp.exp2(x - x.max(-1, keepdims=True)).astype(dtype)
+                weights[item] = jnp.exp2(x - x.max(0, keepdims=True)).astype(dtype)
             for slot, head in ending:
-                out = dot(weights.pop((slot, head)), operand(first + slot, 2, head, jnp.ones((), dtype)))
+                v = operand(first + slot, 2, head, jnp.ones((), dtype))
+                out = dot(weights.pop((slot, head)), v, COLUMNS_BY_COLUMNS)
                 totals[slot] = jnp.where((lane & ~1) == where[head], out, totals[slot])
                 put(gathered, heads, head, out, slot * tiles)
         for slot in range(beside):
