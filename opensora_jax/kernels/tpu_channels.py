@@ -57,7 +57,7 @@ def tables(heads: Heads, norm, rope, norm_first: bool) -> dict[str, jax.Array]:
         found["b"] = swapped * (sin * sign)
     if norm is not None and not norm_first:
         found["last"] = ones * weight
-    return {name: jnp.repeat(table[:, :, None, :], 8, axis=2) for name, table in found.items()}
+    return {name: table[:, :, None, :] for name, table in found.items()}
 
 
 def swap(x):
