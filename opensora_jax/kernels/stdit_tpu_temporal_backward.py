@@ -1,31 +1,28 @@
 """Backward pass of temporal mode (stdit_tpu_temporal.py): scores are recomputed, dq, dk and dv come out of one kernel.
 
-Up to T = 16 the block [T, G positions, 3C] is one tile of scores as it lies; above, it is laid out as 32-bit words as in
-the forward pass. Rows of different positions hide each other through an additive table. Norm and rotation are redone
-and undone head by head (tpu_lanes.py).
+q and k are prepared as in the forward pass (tpu_temporal.py), their gradients take their place tile by tile, and at the end
+go back through norm and rotation on whole channels, where q and k are read once more as they came. With u what is
+normalised, g the gradient of what comes out of the norm, w its weight and r = 1 / root mean square of a head:
+
+    du = r w g - u (r^3 / dim) sum(w g u),    dw = sum(r g u)
+
+the sums over a head being marks (tpu_channels.py). Rotation stands before or behind.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from opensora_jax.kernels import spec
-from opensora_jax.kernels.tpu_lanes import (
-    COLUMNS_BY_COLUMNS,
-    LANES,
-    LOG2E,
-    ROWS_BY_ROWS,
-    Preparation,
-    dot,
-    norm_weight,
-)
+from opensora_jax.kernels import blocks, spec, tpu_channels, tpu_temporal
+from opensora_jax.kernels.tpu_lanes import COLUMNS_BY_COLUMNS, LANES, LOG2E, ROWS_BY_ROWS, dot
+from opensora_jax.kernels.tpu_temporal import FAR, Block, lanes, pack, unpack
 
-BLIND = -1e30
 TOGETHER = 4  # heads whose stages interleave (v6e, T=64: 4% fewer bundles than two)
+BACK = ("cos", "sin_back")  # the rotation's tables on the way back
 
 
 def tile_rows() -> int:
@@ -33,240 +30,156 @@ def tile_rows() -> int:
     return 128 if spec.chip() == "v5e" else 256
 
 
-def layout(problem):
-    """The problem with the tiles of this pass."""
-    block = 16 if problem.frames <= 64 else 8
-    units = 0
-    if problem.frames * block > 256:
-        rows = -(-problem.frames // 8) * 8 * 4 // problem.itemsize  # of one strided load
-        units = max(1, min(block * problem.itemsize // 4, tile_rows() // rows))
-        while block * problem.itemsize // 4 % units:
-            units -= 1
-    return problem._replace(block=block, units=units)
-
-
-def gradients(qkv, norm, rope, shown, d_out, problem, vmem_limit):
+def gradients(qkv, norm, rope, shown, d_out, problem):
     """(of qkv, of the norm's weights [2, C] or None)."""
-    problem = layout(problem)
-    frame, position = problem.frame_of_row(), np.asarray(problem.position_of_row())
-    line = np.minimum(frame, problem.frames - 1)
-    same = jnp.asarray((position[:, None] == position[None, :]) & (frame < problem.frames)[:, None])[None]
-    if shown is not None:
-        same = same & (shown[:, line] > 0)[:, :, None]
-    extras = {"bias": jnp.where(same, 0.0, BLIND).astype(jnp.float32)}
-    if norm is not None:
-        extras["norm"] = norm
-    if rope is not None:
-        tables = jnp.stack([table.astype(jnp.float32)[line] for table in rope])
-        extras["rope"] = jnp.tile(tables, (1, 1, problem.heads.count))
-    d_qkv, *d_norm = _call(problem, qkv, extras, d_out, vmem_limit)
-    return d_qkv, d_norm[0].sum((0, 1, 3)) if d_norm else None
+    heads = problem.heads
+    problem = problem.in_tiles(tile_rows(), as_it_lies=256)
+    extras, _ = tpu_temporal.operands(problem, qkv.dtype, norm, rope, shown)
+    extras |= tpu_channels.tables_back(heads, norm, rope)
+    d_qkv, *d_norm = _call(problem, qkv, extras, d_out, norm is not None)
+    if not d_norm:
+        return d_qkv, None
+    return d_qkv, d_norm[0].sum((0, 1, 3)) * tpu_channels.scales(heads)[:, None]
 
 
-def _call(problem, qkv, extras, d_out, vmem_limit):
+def _call(problem, qkv, extras, d_out, normed):
     channels = problem.heads.channels
     grid = (qkv.shape[1], -(-problem.positions // problem.block))
-    whole = lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
-    specs = {key: whole(x) for key, x in extras.items()}
-    if extras["bias"].shape[0] > 1:
-        specs["bias"] = pl.BlockSpec((1, *extras["bias"].shape[1:]), lambda i, j: (i, 0, 0))
-    out_specs, out_shape = [problem.of_program(3)], [jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)]
-    if "norm" in extras:
+    scratch = problem.scratch(4)
+    if normed:
+        scratch.append(pltpu.VMEM((2, problem.pack, problem.padded * problem.words, LANES), jnp.float32))
+    moving = {} if _bytes(problem, extras, scratch) <= blocks.vmem() else {"pipeline_mode": pl.Buffered(1)}
+    out_specs, out_shape = [problem.of_program(3, **moving)], [jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)]
+    if normed:
         out_specs.append(pl.BlockSpec((1, 1, 2, 8, channels), lambda i, j: (i, j, 0, 0, 0)))
         out_shape.append(jax.ShapeDtypeStruct((*grid, 2, 8, channels), jnp.float32))
-    scratch = []
-    if problem.units:
-        word = jnp.float32 if problem.itemsize == 4 else jnp.int32
-        words = problem.padded * problem.words
-        scratch = [pltpu.VMEM((n * problem.heads.tiles, words, LANES), word) for n in (4, 3)]
+    run = functools.partial(kernel, problem=problem)
     return pl.pallas_call(
-        functools.partial(kernel, problem=problem),
+        lambda qkv_ref, do_ref, refs, *rest: run(qkv_ref, do_ref, refs | {"norm": normed}, *rest),
         grid=grid,
-        in_specs=[problem.of_program(3), problem.of_program(1), specs],
+        in_specs=[problem.of_program(3, **moving), problem.of_program(1, **moving), tpu_temporal.specs_of(extras)],
         out_specs=out_specs,
         out_shape=out_shape,
         scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=vmem_limit),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=blocks.vmem()
+        ),
         interpret=problem.interpret,
         name="stdit_temporal_backward",
     )(qkv, d_out, extras)
 
 
-class _Block:
-    """Reads and writes [rows, 128] tiles of one program's block, either as they lie or through the word scratch."""
-
-    def __init__(self, problem, inputs, output, scratch):
-        self.problem, self.inputs, self.output = problem, inputs, output
-        self.words_in, self.words_out = scratch or (None, None)
-        self.dtype = output.dtype
-        self.exists = None
-        if problem.positions % problem.block:
-            first = pl.program_id(1) * problem.block
-            shape = (problem.frames, problem.block, LANES)
-            position = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-            self.exists = (position + first < problem.positions).reshape(-1, LANES)
-        if scratch:
-            self._lay_out()
-
-    def _raw(self, tile):
-        """[frames * block, 128] of tile `tile` of the concatenated inputs, zero beyond the last position."""
-        for ref in self.inputs:
-            count = ref.shape[-1] // LANES
-            if tile < count:
-                x = ref[..., tile * LANES : (tile + 1) * LANES].reshape(-1, LANES)
-                return x if self.exists is None else jnp.where(self.exists, x, jnp.zeros((), x.dtype))
-            tile -= count
-        raise AssertionError(tile)
-
-    def _lay_out(self):
-        """All inputs as words: row = frame * words + word."""
-        problem = self.problem
-        used = problem.frames * problem.words
-        for tile in range(self.words_in.shape[0]):
-            x = self._raw(tile)
-            self.words_in[tile, :used, :] = x if problem.pack == 1 else pltpu.bitcast(x, jnp.int32)
-            if problem.padded != problem.frames:
-                extra = (problem.padded - problem.frames) * problem.words
-                self.words_in[tile, used:, :] = jnp.zeros((extra, LANES), self.words_in.dtype)
-
-    def read(self, which, index):
-        """tile → [rows, 128] of input `which` (q, k, v, d_out)."""
-        problem = self.problem
-        if problem.units == 0:
-            return lambda tile: self._raw(which * problem.heads.tiles + tile)
-
-        def load(tile):
-            parts = []
-            for unit in range(problem.units):
-                at = pl.ds(index * problem.units + unit, problem.padded, stride=problem.words)
-                parts.append(self.words_in.at[which * problem.heads.tiles + tile][at, :])
-            x = parts[0] if len(parts) == 1 else jnp.concatenate(parts, 0)
-            return x if problem.pack == 1 else pltpu.bitcast(x, self.dtype)
-
-        return load
-
-    def write(self, tile, index, x):
-        problem = self.problem
-        x = x.astype(self.dtype)
-        if problem.units == 0:
-            self._put(tile, x)
-            return
-        words = x if problem.pack == 1 else pltpu.bitcast(x, jnp.int32)
-        for unit in range(problem.units):
-            at = pl.ds(index * problem.units + unit, problem.padded, stride=problem.words)
-            self.words_out.at[tile][at, :] = words[unit * problem.padded : (unit + 1) * problem.padded]
-
-    def finish(self):
-        """Words back to positions."""
-        problem = self.problem
-        for tile in range(self.words_out.shape[0] if problem.units else 0):
-            x = self.words_out[tile, : problem.frames * problem.words, :]
-            x = x if problem.pack == 1 else pltpu.bitcast(x, self.dtype)
-            self._put(tile, x)
-
-    def _put(self, tile, x):
-        self.output[..., tile * LANES : (tile + 1) * LANES] = x.reshape(*self.output.shape[:-1], LANES)
-
-    def each(self, body):
-        """body(index) for every tile of scores."""
-        if self.problem.tiles == 1:
-            body(0)
-        else:
-            jax.lax.fori_loop(0, self.problem.tiles, lambda i, _: (body(i), 0)[1], 0)
-        self.finish()
-
-
-def _own(heads, head, read, rows):
-    return jnp.where(heads.own(head, rows), heads.gather(read, head).astype(jnp.float32), 0.0)
-
-
-def _prepared(block, extras, head, which, index):
-    """Raw head and its preparation."""
-    problem = block.problem
-    tables = (None, None)
-    if "rope" in extras:
-        read = lambda i: lambda tile: extras["rope"][i, :, tile * LANES : (tile + 1) * LANES]
-        tables = tuple(problem.heads.gather(read(i), head) for i in range(2))
-    raw = _own(problem.heads, head, block.read(which, index), problem.rows)
-    weight = norm_weight(problem.heads, head, which, extras.get("norm"))
-    return raw, Preparation(weight, *tables, problem.norm_first, problem.heads.dim, block.dtype, matrix_sums=True)
-
-
-def _scale(problem):
-    return problem.heads.dim**-0.5 * LOG2E
+def _bytes(problem, extras, scratch) -> int:
+    """Of fast memory, with two buffers for everything that moves."""
+    moving = 7 * problem.frames * problem.block * problem.heads.channels * problem.itemsize
+    tables = sum(4 * x.size for x in extras.values())
+    return 2 * (moving + tables) + sum(4 * math.prod(x.shape) for x in scratch)
 
 
 def kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
-    heads, rows = problem.heads, problem.rows
-    d_norm_ref, scratch = (rest[0], rest[1:]) if "norm" in extras else (None, rest)
-    block = _Block(problem, [qkv_ref, do_ref], d_ref, scratch)
-    plain = "norm" not in extras and "rope" not in extras
-    dtype = d_ref.dtype
-    if d_norm_ref is not None:
-        d_norm_ref[...] = jnp.zeros_like(d_norm_ref)
+    heads, dtype = problem.heads, d_ref.dtype
+    d_norm_ref, words, turned, roots = rest if extras["norm"] else (None, *rest, None)
+    block = Block(problem, extras, words, turned, dtype)
+    block.prepare([qkv_ref, do_ref], roots)
+
+    def start(index, head):
+        """Logits and gradients of the weights, with the operands that they were made of."""
+        q = block.operand(index, 0, head, extras["q_code"][...])
+        k = block.operand(index, 1, head, extras["k_code"][0])
+        do = block.operand(index, 3, head, jnp.zeros((), dtype))
+        v = block.operand(index, 2, head)  # other heads' lanes meet zeros
+        return dot(k, q, ROWS_BY_ROWS), dot(v, do, ROWS_BY_ROWS), q, k, do
+
+    def soften(scores, d_weights, *operands):
+        """Weights and gradients of the logits, [keys, queries]: sums over keys cross no lanes."""
+        peak = scores.max(0, keepdims=True)
+        weights = jnp.exp2(scores - peak)
+        weights = weights * jnp.where(peak > FAR / 2, 1.0 / weights.sum(0, keepdims=True), 0.0)
+        slope = weights * (d_weights - (weights * d_weights).sum(0, keepdims=True))
+        return weights.astype(dtype), slope.astype(dtype), *operands
+
+    def finish(tiles, head, weights, slope, q, k, do):
+        heads.scatter(tiles[0], head, dot(slope, k, COLUMNS_BY_COLUMNS) * (1 / LOG2E))
+        heads.scatter(tiles[1], head, dot(slope, q) * (1 / LOG2E))
+        heads.scatter(tiles[2], head, dot(weights, do))
 
     def body(index):
         tiles = [[None] * heads.tiles for _ in range(3)]
-
-        def start(head):
-            """Logits and gradients of the weights, with the operands that they were made of."""
-            raw, prepare = _prepared(block, extras, head, 0, index)
-            q = (prepare.forward(raw) * _scale(problem)).astype(dtype)
-            if plain:
-                k = heads.gather(block.read(1, index), head)  # other heads' lanes meet zeros in q
-            else:
-                raw, prepare = _prepared(block, extras, head, 1, index)
-                k = prepare.forward(raw).astype(dtype)
-            v = heads.gather(block.read(2, index), head)
-            do = jnp.where(heads.own(head, rows), heads.gather(block.read(3, index), head), jnp.zeros((), dtype))
-            return dot(k, q, ROWS_BY_ROWS) + extras["bias"][0], dot(v, do, ROWS_BY_ROWS), q, k, do
-
-        def soften(scores, d_weights, *operands):
-            """Weights and gradients of the logits, [keys, queries]: sums over keys cross no lanes."""
-            peak = scores.max(0, keepdims=True)
-            weights = jnp.exp2(scores - peak)
-            weights = weights * jnp.where(peak > BLIND / 2, 1.0 / weights.sum(0, keepdims=True), 0.0)
-            slope = weights * (d_weights - (weights * d_weights).sum(0, keepdims=True))
-            return weights.astype(dtype), slope.astype(dtype), *operands
-
-        def finish(head, weights, slope, q, k, do):
-            own = heads.own(head, rows)
-            d_prepared = (
-                dot(slope, k, COLUMNS_BY_COLUMNS) * heads.dim**-0.5,
-                dot(slope, q) * (1 / LOG2E),
-            )
-            heads.scatter(tiles[2], head, dot(weights, do))
-            for which, d in enumerate(d_prepared):
-                raw, prepare = _prepared(block, extras, head, which, index)
-                d, d_weight = prepare.backward(raw, jnp.where(own, d, 0.0))
-                heads.scatter(tiles[which], head, d)
-                if d_weight is not None:
-                    _add(d_norm_ref, heads, head, which, d_weight)
-
         groups = [range(first, min(first + TOGETHER, heads.count)) for first in range(0, heads.count, TOGETHER)]
         started, softened = {}, {}
         # One group's products run beside the softmax of the group before and the gradients of the one before that.
         for starting, between, ending in zip([*groups, [], []], [[], *groups, []], [[], [], *groups]):
             for head in starting:
-                started[head] = start(head)
+                started[head] = start(index, head)
             for head in between:
                 softened[head] = soften(*started.pop(head))
             for head in ending:
-                finish(head, *softened.pop(head))
-        for which in range(3):
-            for tile, x in enumerate(tiles[which]):
-                block.write(which * heads.tiles + tile, index, x)
+                finish(tiles, head, *softened.pop(head))
+        for tile, x in enumerate(x for some in tiles for x in some):
+            block.save(tile, index, x)
 
-    block.each(body)
+    if problem.tiles == 1:
+        body(0)
+    else:
+        jax.lax.fori_loop(0, problem.tiles, lambda i, _: (body(i), 0)[1], 0)
+    if d_norm_ref is not None:
+        d_norm_ref[...] = jnp.zeros_like(d_norm_ref)
+    block.each_chunk(functools.partial(_undo, block, qkv_ref, d_ref, d_norm_ref, roots))
 
 
-def _add(ref, heads, head, which, d_weight):
-    """Adds a head's rows to the sums [8, C] of one norm; the foreign lanes of d_weight are zero."""
-    tile, _, spans = heads.place(head)
-    total = d_weight.reshape(-1, 8, LANES).sum(0)
-    lane = jax.lax.broadcasted_iota(jnp.int32, total.shape, 1)
-    first = heads.place(head)[1]
-    for step in range(1 + spans):
-        here = jnp.where((lane >= first) == (step == 0), total, 0.0) if spans else total
-        lanes = slice((tile + step) * LANES, (tile + step + 1) * LANES)
-        ref[0, 0, which, :, lanes] = ref[0, 0, which, :, lanes] + here
+def _undo(block, qkv_ref, d_ref, d_norm_ref, roots, chunk):
+    """Gradients of q and k as they came; those of v are ready."""
+    problem, tiles, at = block.problem, block.heads.tiles, block.at(chunk)
+    rows = at.size
+
+    def put(which, tile, parts):
+        block.write(d_ref, which * tiles + tile, chunk, pack(parts, problem.interpret))
+
+    for tile in range(2 * tiles, 3 * tiles):
+        block.write(d_ref, tile, chunk, block.words[tile, at])
+    if d_norm_ref is None:
+        for which, tile in ((which, tile) for which in range(2) for tile in range(tiles)):
+            parts = block.turn(block.words[which * tiles + tile, at], BACK, which, tile, chunk)
+            put(which, tile, [block.times(part, "weight", which, tile, chunk) for part in parts])
+        return
+
+    def sides(which, tile):
+        """u and g; the one that is behind a rotation waits in `turned` since `products`."""
+        other = block.read(qkv_ref, which * tiles + tile, chunk) if problem.norm_first else block.words[which * tiles + tile, at]
+        waited = block.take_turned(which * tiles + tile, rows)
+        return (unpack(other), waited) if problem.norm_first else (waited, unpack(other))
+
+    def products(which, tile):
+        x, d = block.read(qkv_ref, which * tiles + tile, chunk), block.words[which * tiles + tile, at]
+        if problem.norm_first:
+            u, g = unpack(x), block.turn(d, BACK, which, tile, chunk)
+            block.put_turned(which * tiles + tile, g)
+        else:
+            u, g = block.turn(x, ("a", "b"), which, tile, chunk), unpack(d)
+            block.put_turned(which * tiles + tile, u)
+        both = [block.times(b, "weight", which, tile, chunk) * a for a, b in zip(u, g)]
+        return jnp.concatenate([x.astype(block.dtype) for x in both])
+
+    sums = [block.collect(functools.partial(products, which)) for which in range(2)]
+    for which in range(2):
+        root = jnp.concatenate([roots[which, part, at] for part in range(problem.pack)])
+        along = root * root * root * sums[which] * (1.0 / block.heads.dim)
+        spreads = (block.spread(tpu_channels.split(x, block.dtype)) for x in (root, along))
+        for (tile, root_of), (_, along_of) in zip(*spreads):
+            parts, d_weight = [], 0.0
+            for i, (u, g) in enumerate(zip(*sides(which, tile))):
+                mine = slice(i * rows, (i + 1) * rows)
+                g = g * root_of[mine]
+                d_weight = d_weight + g * u
+                du = block.times(g, "weight", which, tile, chunk) - u * along_of[mine]
+                parts.append(du if problem.norm_first else block.mix(du, tpu_channels.swap(du), BACK, which, tile, chunk))
+            put(which, tile, parts)
+            d_norm_ref[0, 0, which, :, lanes(tile)] += _fresh(problem, d_weight, chunk).reshape(-1, 8, LANES).sum(0)
+
+
+def _fresh(problem, x, chunk):
+    """Zero in the frames that the chunk before had too."""
+    if isinstance(chunk.repeated, int):
+        return x
+    row = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    return jnp.where(row >= chunk.repeated * problem.words, x, 0.0)

@@ -41,10 +41,8 @@ def spreading(heads: Heads, dtype) -> jax.Array:
 
 
 def tables(heads: Heads, norm, rope, norm_first: bool) -> dict[str, jax.Array]:
-    """A, B [2 (q, k), frames or 1, 8, C] and, where the norm comes last, its weights [2, 1, 8, C]; float32."""
-    scale = jnp.asarray([heads.dim**-0.5 * LOG2E, 1.0], jnp.float32)[:, None, None]
-    weight = scale if norm is None else norm[:, None, :] * scale  # [2, 1, C or 1]
-    ones = jnp.ones((2, 1, heads.channels), jnp.float32)
+    """A, B [2 (q, k), frames or 1, 1, C] and, where the norm comes last, its weights [2, 1, 1, C]; float32."""
+    weight, ones = _weights(heads, norm), jnp.ones((2, 1, heads.channels), jnp.float32)
     folded = ones if norm is not None and not norm_first else ones * weight
     found = {}
     if rope is None:
@@ -58,6 +56,27 @@ def tables(heads: Heads, norm, rope, norm_first: bool) -> dict[str, jax.Array]:
     if norm is not None and not norm_first:
         found["last"] = ones * weight
     return {name: table[:, :, None, :] for name, table in found.items()}
+
+
+def tables_back(heads: Heads, norm, rope) -> dict[str, jax.Array]:
+    """For gradients: weights [2, 1, 1, C] and the rotation's transpose, [1, frames, 1, C] each."""
+    found = {"weight": _weights(heads, norm) * jnp.ones((2, 1, heads.channels), jnp.float32)}
+    if rope is not None:
+        cos, sin = (jnp.tile(table.astype(jnp.float32), (1, heads.count))[None] for table in rope)
+        turned = sin.reshape(1, len(rope[0]), -1, 2) * jnp.asarray([-1.0, 1.0])
+        found |= {"cos": cos, "sin_back": turned[..., ::-1].reshape(cos.shape)}
+    return {name: table[:, :, None, :] for name, table in found.items()}
+
+
+def scales(heads: Heads) -> jax.Array:
+    """Of q and k, as the tables hold them: logits are powers of two."""
+    return jnp.asarray([heads.dim**-0.5 * LOG2E, 1.0], jnp.float32)
+
+
+def _weights(heads: Heads, norm):
+    """[2, 1, C or 1], with the scales."""
+    scale = scales(heads)[:, None, None]
+    return scale if norm is None else norm[:, None, :] * scale
 
 
 def swap(x):

@@ -1,0 +1,325 @@
+"""What both passes of temporal attention on a TPU share: a block of all frames of some neighbouring positions.
+
+A block lies in fast memory as 32-bit words, two bfloat16 positions each, in which a load with a stride picks one pair of
+positions over time; a tile of scores is a few such loads. q and k are normalised and rotated on whole channels
+(tpu_channels.py), some frames at once. Positions of one tile hide each other inside the product: the lanes of q that
+belong to other heads carry the bits of its position, those of k a penalty for each bit that differs.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from opensora_jax.kernels import tpu_channels
+from opensora_jax.kernels.tpu_lanes import LANES, ROWS_BY_ROWS, Heads, dot
+
+CHUNK_ROWS = 256  # normalised and rotated at once
+PERIOD = 8  # lanes of a position's code: four bits and their complements, so 16 positions a tile
+FAR = -1e9
+HIGH_HALF = np.int32(-65536)
+
+
+class Problem(NamedTuple):
+    """The static part of a call."""
+
+    heads: Heads
+    frames: int
+    positions: int
+    block: int  # neighbouring positions of one program
+    units: int  # strided loads of one tile; 0: the block is one tile as it lies
+    itemsize: int
+    norm_first: bool
+    pieces: int  # of the frames, one behind the other
+    interpret: bool
+
+    @property
+    def piece(self) -> int:
+        """Frames of one piece."""
+        return self.frames // self.pieces
+
+    def of_program(self, n: int, **options) -> pl.BlockSpec:
+        """All frames of some positions, n * C lanes of [pieces, B, T / pieces, S, ..]."""
+        shape = (self.pieces, 1, self.piece, self.block, n * self.heads.channels)
+        return pl.BlockSpec(shape, lambda i, j: (0, i, 0, j, 0), **options)
+
+    @property
+    def padded(self) -> int:
+        """Frames in fast memory: whole sublanes."""
+        return self.frames if self.units == 0 else -(-self.frames // 8) * 8
+
+    @property
+    def pack(self) -> int:
+        """Positions in one 32-bit word."""
+        return 4 // self.itemsize
+
+    @property
+    def words(self) -> int:
+        """Words of one frame of the block (a load's stride)."""
+        return self.block // self.pack
+
+    @property
+    def rows(self) -> int:
+        """Rows of one tile."""
+        return self.frames * self.block if self.units == 0 else self.units * self.padded * self.pack
+
+    @property
+    def tiles(self) -> int:
+        return 1 if self.units == 0 else self.words // self.units
+
+    def in_tiles(self, rows: int, as_it_lies: int) -> "Problem":
+        """Tiles of scores of about so many rows; the whole block is one if it has no more than `as_it_lies`."""
+        if self.frames * self.block <= as_it_lies:
+            return self._replace(units=0)
+        one = -(-self.frames // 8) * 8 * self.pack
+        fitting = (n for n in range(max(1, min(self.words, rows // one)), 0, -1) if self.words % n == 0)
+        return self._replace(units=next(fitting))
+
+    def scratch(self, arrays: int) -> list:
+        """Of so many arrays of C channels as words; and of q and k of a chunk in float32."""
+        heads, word = self.heads, jnp.float32 if self.itemsize == 4 else jnp.int32
+        return [
+            pltpu.VMEM((arrays * heads.tiles, self.padded * self.words, LANES), word),
+            pltpu.VMEM((2 * heads.tiles, max(self.rows, CHUNK_ROWS), LANES), jnp.float32),
+        ]
+
+    def frame_of_row(self) -> np.ndarray:
+        row = np.arange(self.rows)
+        return row // self.block if self.units == 0 else row // self.pack % self.padded
+
+    def position_of_row(self) -> np.ndarray:
+        row = np.arange(self.rows)
+        if self.units == 0:
+            return row % self.block
+        return row // (self.padded * self.pack) * self.pack + row % self.pack
+
+
+def operands(problem, dtype, norm, rope, seen):
+    """What a kernel needs beside its arrays, and where it lies: tables, and codes of the lanes that belong to other heads, of
+    q [rows, 128] and of k [B or 1, rows, 128]. seen: [B, T] or None."""
+    heads = problem.heads
+    position, frame = problem.position_of_row(), problem.frame_of_row()
+    lane = np.arange(LANES) % PERIOD
+    bit = (position[:, None] >> lane // 2 & 1) == lane % 2
+    shown = jnp.asarray(frame < problem.frames)[None]
+    if seen is not None:
+        shown = shown & (seen[:, np.minimum(frame, problem.frames - 1)] > 0)
+    hidden = jnp.where(jnp.asarray(bit)[None] & shown[:, :, None], 0.0, FAR)
+    extras = tpu_channels.tables(heads, norm, rope, problem.norm_first)
+    extras |= {"spread": tpu_channels.spreading(heads, dtype)}
+    extras |= {"q_code": jnp.asarray(bit, dtype), "k_code": hidden.astype(dtype)}
+    return extras, specs_of(extras)
+
+
+def specs_of(extras):
+    whole = lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
+    specs = {key: whole(x) for key, x in extras.items()}
+    if extras["k_code"].shape[0] > 1:
+        specs["k_code"] = pl.BlockSpec((1, *extras["k_code"].shape[1:]), lambda i, j: (i, 0, 0))
+    return specs
+
+
+def lanes(tile):
+    return slice(tile * LANES, (tile + 1) * LANES)
+
+
+def words_of(x):
+    return x if x.dtype == jnp.float32 else pltpu.bitcast(x, jnp.int32)
+
+
+def values_of(words, dtype):
+    return words if dtype == jnp.float32 else pltpu.bitcast(words, dtype)
+
+
+def unpack(words):
+    """float32 values of each position in a word."""
+    if words.dtype == jnp.float32:
+        return [words]
+    return [jax.lax.bitcast_convert_type(x, jnp.float32) for x in (words << 16, words & HIGH_HALF)]
+
+
+def pack(parts, interpret):
+    """The reverse, rounded."""
+    if len(parts) == 1:
+        return parts[0]
+    if not interpret:
+        return jax.lax.bitcast_convert_type(pltpu.pack_elementwise(parts, packed_dtype=jnp.bfloat16), jnp.int32)
+    low, high = (jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16).astype(jnp.float32), jnp.int32) for x in parts)
+    return jax.lax.shift_right_logical(low, 16) | high
+
+
+class Chunk(NamedTuple):
+    """Some frames of a block."""
+
+    first: jax.Array | int
+    count: int
+    repeated: jax.Array | int = 0  # frames at its start that were in the chunk before
+
+
+class Block:
+    """One program's positions as words [arrays * tiles, frames * words, 128]."""
+
+    def __init__(self, problem: Problem, extras, words, turned, dtype):
+        self.problem, self.heads, self.extras, self.dtype = problem, problem.heads, extras, dtype
+        self.words, self.turned = words, turned
+        tiles = self.heads.tiles
+        self.exist = problem.positions - pl.program_id(1) * problem.block  # positions from the first one on
+        self.pairs = [range(start, min(start + 2, tiles)) for start in range(0, tiles, 2)]
+
+    def each_chunk(self, body):
+        """body(chunk) over all frames, never across pieces."""
+        problem = self.problem
+        count = -(-problem.frames // -(-problem.frames * problem.block // CHUNK_ROWS))
+        while problem.pieces > 1 and problem.piece % count:
+            count -= 1
+        chunks = -(-problem.frames // count)
+        if chunks == 1:
+            return body(Chunk(0, count))
+
+        def run(i, carry):
+            first = jnp.minimum(i * count, problem.frames - count)
+            body(Chunk(first, count, i * count - first if problem.frames % count else 0))
+            return carry
+
+        jax.lax.fori_loop(0, chunks, run, 0)
+
+    def at(self, chunk: Chunk):
+        """Its rows of words."""
+        words = self.problem.words
+        return pl.ds(pl.multiple_of(chunk.first * words, words), chunk.count * words)
+
+    def frames_at(self, chunk: Chunk):
+        """Where its frames lie in a block of [pieces, 1, frames of a piece, ..]."""
+        if self.problem.pieces == 1:
+            return 0, 0, pl.ds(chunk.first, chunk.count)
+        piece = jax.lax.div(chunk.first, self.problem.piece)
+        return piece, 0, pl.ds(chunk.first - piece * self.problem.piece, chunk.count)
+
+    def read(self, ref, tile: int, chunk: Chunk):
+        """As words; zero beyond the last position, where a block may hold anything, even NaN."""
+        problem = self.problem
+        x = ref[(*self.frames_at(chunk), slice(None), lanes(tile))]
+        x = words_of(x.reshape(chunk.count * problem.block, LANES))
+        if problem.positions % problem.block == 0:
+            return x
+        word = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) & problem.words - 1
+        whole, part = (word < jax.lax.div(self.exist + more, problem.pack) for more in (0, problem.pack - 1))
+        if problem.pack == 1:
+            return jnp.where(whole, x, 0.0)
+        return x & jnp.where(whole, -1, jnp.where(part, 0xFFFF, 0))
+
+    def write(self, ref, tile: int, chunk: Chunk, words):
+        x = values_of(words, self.dtype).reshape(chunk.count, self.problem.block, LANES)
+        ref[(*self.frames_at(chunk), slice(None), lanes(tile))] = x
+
+    def times(self, x, name: str, which: int, tile: int, chunk: Chunk):
+        """x [rows, 128] by a table of [2 or 1, frames or 1, 1, C]."""
+        table = self.extras[name]
+        frames = pl.ds(chunk.first, chunk.count) if table.shape[1] > 1 else slice(None)
+        table = table[which % table.shape[0], frames, :, lanes(tile)]
+        return (x.reshape(chunk.count, self.problem.words // 8, 8, LANES) * table[:, None]).reshape(x.shape)
+
+    def turn(self, words, names: tuple[str, str], which: int, tile: int, chunk: Chunk):
+        """`mix` of words: a list, one entry a position."""
+        others = unpack(tpu_channels.swap(words)) if names[1] in self.extras else [None] * self.problem.pack
+        return [self.mix(x, other, names, which, tile, chunk) for x, other in zip(unpack(words), others)]
+
+    def mix(self, x, swapped, names: tuple[str, str], which: int, tile: int, chunk: Chunk):
+        """x A + swapped B by two tables; where one is missing, x and nothing."""
+        straight, other = (name in self.extras for name in names)
+        found = self.times(x, names[0], which, tile, chunk) if straight else x
+        return found + self.times(swapped, names[1], which, tile, chunk) if other else found
+
+    def put_turned(self, index: int, parts):
+        """Waits in fast memory: the parts of one tile, one behind the other."""
+        for i, part in enumerate(parts):
+            self.turned[index, i * len(part) : (i + 1) * len(part)] = part
+
+    def take_turned(self, index: int, rows: int):
+        return [self.turned[index, start : start + rows] for start in range(0, rows * self.problem.pack, rows)]
+
+    def collect(self, tiles_of):
+        """Sums over each head as marks; tiles_of(tile): [rows, 128] of what is summed, in the working dtype."""
+        sums = 0.0
+        for pair in self.pairs:
+            x = jnp.concatenate([tiles_of(tile) for tile in pair], 1)
+            sums = sums + dot(x, self.extras["spread"][:, self._across(pair)], ROWS_BY_ROWS)
+        return sums
+
+    def spread(self, marks):
+        """(tile, [rows, 128]) of marks over the lanes of their heads."""
+        for pair in self.pairs:
+            found = dot(marks, self.extras["spread"][:, self._across(pair)])
+            yield from ((tile, found[:, lanes(i)]) for i, tile in enumerate(pair))
+
+    def _across(self, pair):
+        return slice(pair[0] * LANES, (pair[-1] + 1) * LANES)
+
+    def prepare(self, refs, roots=None):
+        """Everything into words; q and k normalised and rotated. roots: keeps 1 / root mean square as float32 marks."""
+        self.each_chunk(functools.partial(self._prepare, refs=refs, roots=roots))
+        problem = self.problem
+        used = problem.frames * problem.words
+        for tile in range(self.words.shape[0] if problem.padded != problem.frames else 0):
+            self.words[tile, used:, :] = jnp.zeros((self.words.shape[1] - used, LANES), self.words.dtype)
+
+    def _prepare(self, chunk: Chunk, refs, roots):
+        problem, tiles, at = self.problem, self.heads.tiles, self.at(chunk)
+        # First of all into words: bfloat16 blocks arrive in half-filled registers.
+        every = [(ref, tile) for ref in refs for tile in range(ref.shape[-1] // LANES)]
+        for index, (ref, tile) in enumerate(every):
+            self.words[index, at] = self.read(ref, tile, chunk)
+        if not self.extras["norm"]:
+            for index in range(2 * tiles):
+                parts = self.turn(self.words[index, at], ("a", "b"), *divmod(index, tiles), chunk)
+                self.words[index, at] = pack(parts, problem.interpret)
+            return
+
+        def squares(which, tile):
+            x = self.words[which * tiles + tile, at]
+            parts = self.turn(x, ("a", "b"), which, tile, chunk)
+            self.put_turned(which * tiles + tile, parts)
+            source = parts if "last" in self.extras else unpack(x)
+            return jnp.concatenate([jnp.square(part).astype(self.dtype) for part in source])
+
+        sums = [self.collect(functools.partial(squares, which)) for which in range(2)]
+        found = [jax.lax.rsqrt(x * (1.0 / self.heads.dim) + 1e-6) for x in sums]
+        for which in range(2):
+            if roots is not None:
+                for part in range(problem.pack):
+                    rows = at.size
+                    roots[which, part, at] = found[which][part * rows : (part + 1) * rows]
+            for tile, root in self.spread(tpu_channels.split(found[which], self.dtype)):
+                parts = self.take_turned(which * tiles + tile, at.size)
+                parts = [x * root[i * at.size : (i + 1) * at.size] for i, x in enumerate(parts)]
+                if "last" in self.extras:
+                    parts = [self.times(x, "last", which, tile, chunk) for x in parts]
+                self.words[which * tiles + tile, at] = pack(parts, problem.interpret)
+
+    def load(self, tile: int, index):
+        """[rows, 128] of one tile of scores."""
+        problem = self.problem
+        if problem.units == 0:
+            return values_of(self.words[tile], self.dtype)
+        parts = [self.words.at[tile][self._unit(index, unit), :] for unit in range(problem.units)]
+        return values_of(parts[0] if len(parts) == 1 else jnp.concatenate(parts, 0), self.dtype)
+
+    def save(self, tile: int, index, x):
+        problem, x = self.problem, words_of(x.astype(self.dtype))
+        if problem.units == 0:
+            self.words[tile] = x
+        for unit in range(problem.units):
+            self.words.at[tile][self._unit(index, unit), :] = x[unit * problem.padded : (unit + 1) * problem.padded]
+
+    def _unit(self, index, unit: int):
+        problem = self.problem
+        return pl.ds(index * problem.units + unit, problem.padded, stride=problem.words)
+
+    def operand(self, index, which: int, head: int, other=None):
+        """[rows, 128] of a head; `other` in the lanes of other heads, or what lies there."""
+        x = self.heads.gather(lambda tile: self.load(which * self.heads.tiles + tile, index), head)
+        return x if other is None else jnp.where(self.heads.own(head, self.problem.rows), x, other)
