@@ -19,7 +19,6 @@ from opensora_jax.kernels.tpu_lanes import COLUMNS_BY_COLUMNS, LANES, ROWS_BY_RO
 from opensora_jax.kernels.tpu_temporal import PERIOD, Block, Problem
 
 MAX_ROW = 128
-TILE_ROWS = 128
 
 
 def supports(call: Call) -> None:
@@ -36,8 +35,7 @@ def attend(qkv_btsc, heads, norm, rope, norm_first, kv_mask, pieces, interpret):
     t *= pieces
     itemsize = qkv_btsc.dtype.itemsize
     block = 8 if t > 64 and itemsize == 4 else 16
-    problem = Problem(heads, t, s, block, 0, itemsize, norm_first, pieces, interpret)
-    problem = problem.in_tiles(TILE_ROWS, as_it_lies=TILE_ROWS)
+    problem = Problem(heads, t, s, block, itemsize, norm_first, pieces, interpret)
     shown = None if kv_mask is None else kv_mask.astype(jnp.float32)
     out = _attend(qkv_btsc.reshape(pieces, -1, *qkv_btsc.shape[1:]), norm, rope, shown, problem)
     out = out if kv_mask is None else jnp.where(kv_mask.any(-1)[:, None, None, None], out, 0)
@@ -88,15 +86,13 @@ def kernel(qkv_ref, extras, o_ref, words, gathered, *, problem):
     where = tpu_channels.marks(heads)
     block = Block(problem, extras, words, gathered, dtype)
     block.prepare([qkv_ref])
-    beside = 2 - problem.tiles % 2  # tiles of scores in one turn of the loop
 
     def body(first):
         lane = jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
-        totals = [jnp.ones((rows, LANES), jnp.float32)] * beside
-        work = [[(slot, head) for head in range(heads.count)] for slot in range(beside)]
+        totals = [jnp.ones((rows, LANES), jnp.float32)] * problem.beside
         scores, weights = {}, {}
         # One tile's products run beside the softmax of the tile before and the output of the one before that.
-        for starting, between, ending in zip([*work, [], []], [[], *work, []], [[], [], *work]):
+        for starting, between, ending in problem.stages():
             for slot, head in starting:
                 q = block.operand(first + slot, 0, head, extras["q_code"][...])
                 k = block.operand(first + slot, 1, head, extras["k_code"][0])
@@ -109,12 +105,12 @@ def kernel(qkv_ref, extras, o_ref, words, gathered, *, problem):
                 out = dot(weights.pop((slot, head)), v, COLUMNS_BY_COLUMNS)
                 totals[slot] = jnp.where((lane & ~1) == where[head], out, totals[slot])
                 put(gathered, heads, head, out, slot * tiles)
-        for slot in range(beside):
+        for slot in range(problem.beside):
             # Divided by the sums of the weights, all heads at once; the result takes the place of q.
             for tile, scale in block.spread(tpu_channels.split(1.0 / totals[slot], dtype)):
                 block.save(tile, first + slot, gathered[slot * tiles + tile, :rows] * scale)
 
-    jax.lax.fori_loop(0, problem.tiles // beside, lambda i, _: (body(i * beside), 0)[1], 0)
+    block.each_tile(body)
 
     def finish(chunk):
         for tile in range(tiles):

@@ -21,19 +21,12 @@ from opensora_jax.kernels import blocks, spec, tpu_channels, tpu_temporal
 from opensora_jax.kernels.tpu_lanes import COLUMNS_BY_COLUMNS, LANES, LOG2E, ROWS_BY_ROWS, dot
 from opensora_jax.kernels.tpu_temporal import FAR, Block, lanes, pack, unpack
 
-TOGETHER = 4  # heads whose stages interleave (v6e, T=64: 4% fewer bundles than two)
 BACK = ("cos", "sin_back")  # the rotation's tables on the way back
-
-
-def tile_rows() -> int:
-    """Rows of a tile of scores: what the static schedule prefers (v5e: 128, v6e: 256; 2026-11-21)."""
-    return 128 if spec.chip() == "v5e" else 256
 
 
 def gradients(qkv, norm, rope, shown, d_out, problem):
     """(of qkv, of the norm's weights [2, C] or None)."""
     heads = problem.heads
-    problem = problem.in_tiles(tile_rows(), as_it_lies=256)
     extras, _ = tpu_temporal.operands(problem, qkv.dtype, norm, rope, shown)
     extras |= tpu_channels.tables_back(heads, norm, rope)
     d_qkv, *d_norm = _call(problem, qkv, extras, d_out, norm is not None)
@@ -103,25 +96,22 @@ def kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
         heads.scatter(tiles[1], head, dot(slope, q) * (1 / LOG2E))
         heads.scatter(tiles[2], head, dot(weights, do))
 
-    def body(index):
-        tiles = [[None] * heads.tiles for _ in range(3)]
-        groups = [range(first, min(first + TOGETHER, heads.count)) for first in range(0, heads.count, TOGETHER)]
+    def body(first):
+        tiles = [[[None] * heads.tiles for _ in range(3)] for _ in range(problem.beside)]
         started, softened = {}, {}
-        # One group's products run beside the softmax of the group before and the gradients of the one before that.
-        for starting, between, ending in zip([*groups, [], []], [[], *groups, []], [[], [], *groups]):
-            for head in starting:
-                started[head] = start(index, head)
-            for head in between:
-                softened[head] = soften(*started.pop(head))
-            for head in ending:
-                finish(tiles, head, *softened.pop(head))
-        for tile, x in enumerate(x for some in tiles for x in some):
-            block.save(tile, index, x)
+        # One tile's products run beside the softmax of the tile before and the gradients of the one before that.
+        for starting, between, ending in problem.stages():
+            for slot, head in starting:
+                started[slot, head] = start(first + slot, head)
+            for item in between:
+                softened[item] = soften(*started.pop(item))
+            for slot, head in ending:
+                finish(tiles[slot], head, *softened.pop((slot, head)))
+        for slot, found in enumerate(tiles):
+            for tile, x in enumerate(x for some in found for x in some):
+                block.save(tile, first + slot, x)
 
-    if problem.tiles == 1:
-        body(0)
-    else:
-        jax.lax.fori_loop(0, problem.tiles, lambda i, _: (body(i), 0)[1], 0)
+    block.each_tile(body)
     if d_norm_ref is not None:
         d_norm_ref[...] = jnp.zeros_like(d_norm_ref)
     block.each_chunk(functools.partial(_undo, block, qkv_ref, d_ref, d_norm_ref, roots))

@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from opensora_jax.kernels import tpu_channels
 from opensora_jax.kernels.tpu_lanes import LANES, ROWS_BY_ROWS, Heads, dot
 
+TILE_ROWS = 128  # of scores, about; static schedules of v5e and v6e prefer it in both passes (2026-11-29)
 CHUNK_ROWS = 256  # normalised and rotated at once
 PERIOD = 8  # lanes of a position's code: four bits and their complements, so 16 positions a tile
 FAR = -1e9
@@ -31,7 +32,6 @@ class Problem(NamedTuple):
     frames: int
     positions: int
     block: int  # neighbouring positions of one program
-    units: int  # strided loads of one tile; 0: the block is one tile as it lies
     itemsize: int
     norm_first: bool
     pieces: int  # of the frames, one behind the other
@@ -71,13 +71,24 @@ class Problem(NamedTuple):
     def tiles(self) -> int:
         return 1 if self.units == 0 else self.words // self.units
 
-    def in_tiles(self, rows: int, as_it_lies: int) -> "Problem":
-        """Tiles of scores of about so many rows; the whole block is one if it has no more than `as_it_lies`."""
-        if self.frames * self.block <= as_it_lies:
-            return self._replace(units=0)
+    @property
+    def units(self) -> int:
+        """Strided loads of one tile; 0: the block is one tile as it lies."""
+        if self.frames * self.block <= TILE_ROWS:
+            return 0
         one = -(-self.frames // 8) * 8 * self.pack
-        fitting = (n for n in range(max(1, min(self.words, rows // one)), 0, -1) if self.words % n == 0)
-        return self._replace(units=next(fitting))
+        fitting = range(max(1, min(self.words, TILE_ROWS // one)), 0, -1)
+        return next(n for n in fitting if self.words % n == 0)
+
+    @property
+    def beside(self) -> int:
+        """Tiles in one turn of the loop over them."""
+        return 2 - self.tiles % 2
+
+    def stages(self):
+        """(starting, in the middle, ending): each a list of (which of the tiles beside each other, head)."""
+        work = [[(slot, head) for head in range(self.heads.count)] for slot in range(self.beside)]
+        return zip([*work, [], []], [[], *work, []], [[], [], *work])
 
     def scratch(self, arrays: int) -> list:
         """Of so many arrays of C channels as words; and of q and k of a chunk in float32."""
@@ -186,6 +197,13 @@ class Block:
             return carry
 
         jax.lax.fori_loop(0, chunks, run, 0)
+
+    def each_tile(self, body):
+        """body(the first of the tiles that lie beside each other)."""
+        turns, beside = self.problem.tiles // self.problem.beside, self.problem.beside
+        if turns == 1:
+            return body(0)
+        jax.lax.fori_loop(0, turns, lambda i, _: (body(i * beside), 0)[1], 0)
 
     def at(self, chunk: Chunk):
         """Its rows of words."""
