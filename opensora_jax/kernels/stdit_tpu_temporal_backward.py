@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from opensora_jax.kernels import blocks, spec, tpu_channels, tpu_temporal
-from opensora_jax.kernels.tpu_lanes import COLUMNS_BY_COLUMNS, LANES, LOG2E, ROWS_BY_ROWS, dot
+from opensora_jax.kernels.tpu_lanes import COLUMNS_BY_COLUMNS, LANES, ROWS_BY_ROWS, dot
 from opensora_jax.kernels.tpu_temporal import FAR, Block, lanes, pack, unpack
 
 BACK = ("cos", "sin_back")  # the rotation's tables on the way back
@@ -32,7 +32,7 @@ def gradients(qkv, norm, rope, shown, d_out, problem):
     d_qkv, *d_norm = _call(problem, qkv, extras, d_out, norm is not None)
     if not d_norm:
         return d_qkv, None
-    return d_qkv, d_norm[0].sum((0, 1, 3)) * tpu_channels.scales(heads)[:, None]
+    return d_qkv, d_norm[0].sum((0, 1, 3)) * tpu_channels.scales_back(heads)[:, None]
 
 
 def _call(problem, qkv, extras, d_out, normed):
@@ -92,8 +92,8 @@ def kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
         return weights.astype(dtype), slope.astype(dtype), *operands
 
     def finish(tiles, head, weights, slope, q, k, do):
-        heads.scatter(tiles[0], head, dot(slope, k, COLUMNS_BY_COLUMNS) * (1 / LOG2E))
-        heads.scatter(tiles[1], head, dot(slope, q) * (1 / LOG2E))
+        heads.scatter(tiles[0], head, dot(slope, k, COLUMNS_BY_COLUMNS))
+        heads.scatter(tiles[1], head, dot(slope, q))
         heads.scatter(tiles[2], head, dot(weights, do))
 
     def body(first):

@@ -42,41 +42,53 @@ def spreading(heads: Heads, dtype) -> jax.Array:
 
 def tables(heads: Heads, norm, rope, norm_first: bool) -> dict[str, jax.Array]:
     """A, B [2 (q, k), frames or 1, 1, C] and, where the norm comes last, its weights [2, 1, 1, C]; float32."""
-    weight, ones = _weights(heads, norm), jnp.ones((2, 1, heads.channels), jnp.float32)
-    folded = ones if norm is not None and not norm_first else ones * weight
+    weight = _weights(scales(heads), heads, norm)
+    ones = jnp.ones_like(weight)
+    folded = ones if norm is not None and not norm_first else weight
     found = {}
     if rope is None:
         found["a"] = folded
     else:
         cos, sin = (jnp.tile(table.astype(jnp.float32), (1, heads.count)) for table in rope)
-        sign = jnp.asarray(np.where(np.arange(heads.channels) % 2, 1.0, -1.0), jnp.float32)
         found["a"] = folded * cos
-        swapped = folded.reshape(2, 1, -1, 2)[..., ::-1].reshape(folded.shape)
-        found["b"] = swapped * (sin * sign)
+        found["b"] = _swapped(folded) * (sin * _signs(heads))
     if norm is not None and not norm_first:
-        found["last"] = ones * weight
+        found["last"] = weight
     return {name: table[:, :, None, :] for name, table in found.items()}
 
 
 def tables_back(heads: Heads, norm, rope) -> dict[str, jax.Array]:
     """For gradients: weights [2, 1, 1, C] and the rotation's transpose, [1, frames, 1, C] each."""
-    found = {"weight": _weights(heads, norm) * jnp.ones((2, 1, heads.channels), jnp.float32)}
+    found = {"weight": _weights(scales_back(heads), heads, norm)}
     if rope is not None:
         cos, sin = (jnp.tile(table.astype(jnp.float32), (1, heads.count))[None] for table in rope)
-        turned = sin.reshape(1, len(rope[0]), -1, 2) * jnp.asarray([-1.0, 1.0])
-        found |= {"cos": cos, "sin_back": turned[..., ::-1].reshape(cos.shape)}
+        found |= {"cos": cos, "sin_back": _swapped(sin * _signs(heads))}
     return {name: table[:, :, None, :] for name, table in found.items()}
 
 
 def scales(heads: Heads) -> jax.Array:
-    """Of q and k, as the tables hold them: logits are powers of two."""
+    """Of q and k: logits are powers of two."""
     return jnp.asarray([heads.dim**-0.5 * LOG2E, 1.0], jnp.float32)
 
 
-def _weights(heads: Heads, norm):
-    """[2, 1, C or 1], with the scales."""
-    scale = scales(heads)[:, None, None]
-    return scale if norm is None else norm[:, None, :] * scale
+def scales_back(heads: Heads) -> jax.Array:
+    """Of their gradients, which kernels give of logits to base e."""
+    return scales(heads) / LOG2E
+
+
+def _weights(scale, heads: Heads, norm):
+    """[2, 1, C]: scaled weights of both norms, or the scales."""
+    weight = jnp.ones((2, heads.channels), jnp.float32) if norm is None else norm
+    return (weight * scale[:, None])[:, None, :]
+
+
+def _signs(heads: Heads):
+    return jnp.asarray(np.where(np.arange(heads.channels) % 2, 1.0, -1.0), jnp.float32)
+
+
+def _swapped(table):
+    """Neighbouring channels exchanged."""
+    return table.reshape(*table.shape[:-1], -1, 2)[..., ::-1].reshape(table.shape)
 
 
 def swap(x):
