@@ -148,7 +148,7 @@ def _undo(block, qkv_ref, d_ref, d_norm_ref, roots, chunk):
             u, g = block.turn(x, ("a", "b"), which, tile, chunk), unpack(d)
             block.put_turned(which * tiles + tile, u)
         both = [block.times(b, "weight", which, tile, chunk) * a for a, b in zip(u, g)]
-        return jnp.concatenate([x.astype(block.dtype) for x in both])
+        return jnp.concatenate(both).astype(block.dtype)
 
     sums = [block.collect(functools.partial(products, which)) for which in range(2)]
     for which in range(2):

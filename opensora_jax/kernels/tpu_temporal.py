@@ -302,7 +302,7 @@ class Block:
             parts = self.turn(x, ("a", "b"), which, tile, chunk)
             self.put_turned(which * tiles + tile, parts)
             source = parts if "last" in self.extras else unpack(x)
-            return jnp.concatenate([jnp.square(part).astype(self.dtype) for part in source])
+            return jnp.concatenate([jnp.square(part) for part in source]).astype(self.dtype)
 
         sums = [self.collect(functools.partial(squares, which)) for which in range(2)]
         found = [jax.lax.rsqrt(x * (1.0 / self.heads.dim) + 1e-6) for x in sums]
