@@ -111,12 +111,7 @@ def kernel(qkv_ref, extras, o_ref, words, gathered, *, problem):
                 block.save(tile, first + slot, gathered[slot * tiles + tile, :rows] * scale)
 
     block.each_tile(body)
-
-    def finish(chunk):
-        for tile in range(tiles):
-            block.write(o_ref, tile, chunk, words[tile, block.at(chunk)])
-
-    block.each_chunk(finish)
+    block.each_chunk(functools.partial(block.give, o_ref, range(tiles)))
 
 
 def put(tiles, heads, head, x, start):

@@ -112,21 +112,20 @@ def kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
                 block.save(tile, first + slot, x)
 
     block.each_tile(body)
+    block.each_chunk(functools.partial(block.give, d_ref, range(2 * heads.tiles, 3 * heads.tiles)))
     if d_norm_ref is not None:
         d_norm_ref[...] = jnp.zeros_like(d_norm_ref)
     block.each_chunk(functools.partial(_undo, block, qkv_ref, d_ref, d_norm_ref, roots))
 
 
 def _undo(block, qkv_ref, d_ref, d_norm_ref, roots, chunk):
-    """Gradients of q and k as they came; those of v are ready."""
+    """Gradients of q and k as they came. v and the gradient of the result are not needed any more."""
     problem, tiles, at = block.problem, block.heads.tiles, block.at(chunk)
     rows = at.size
 
     def put(which, tile, parts):
         block.write(d_ref, which * tiles + tile, chunk, pack(parts, problem.interpret))
 
-    for tile in range(2 * tiles, 3 * tiles):
-        block.write(d_ref, tile, chunk, block.words[tile, at])
     if d_norm_ref is None:
         for which, tile in ((which, tile) for which in range(2) for tile in range(tiles)):
             parts = block.turn(block.words[which * tiles + tile, at], BACK, which, tile, chunk)
@@ -135,13 +134,15 @@ def _undo(block, qkv_ref, d_ref, d_norm_ref, roots, chunk):
 
     def sides(which, tile):
         """u and g; the one that is behind a rotation waits in `turned` since `products`."""
-        other = block.read(qkv_ref, which * tiles + tile, chunk) if problem.norm_first else block.words[which * tiles + tile, at]
         waited = block.take_turned(which * tiles + tile, rows)
-        return (unpack(other), waited) if problem.norm_first else (waited, unpack(other))
+        if problem.norm_first:
+            return unpack(block.words[(2 + which) * tiles + tile, at]), waited
+        return waited, unpack(block.words[which * tiles + tile, at])
 
     def products(which, tile):
         x, d = block.read(qkv_ref, which * tiles + tile, chunk), block.words[which * tiles + tile, at]
         if problem.norm_first:
+            block.words[(2 + which) * tiles + tile, at] = x
             u, g = unpack(x), block.turn(d, BACK, which, tile, chunk)
             block.put_turned(which * tiles + tile, g)
         else:

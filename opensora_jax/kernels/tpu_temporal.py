@@ -234,6 +234,11 @@ class Block:
         x = values_of(words, self.dtype).reshape(chunk.count, self.problem.block, LANES)
         ref[(*self.frames_at(chunk), slice(None), lanes(tile))] = x
 
+    def give(self, ref, tiles, chunk: Chunk):
+        """Some tiles as they are."""
+        for tile in tiles:
+            self.write(ref, tile, chunk, self.words[tile, self.at(chunk)])
+
     def times(self, x, name: str, which: int, tile: int, chunk: Chunk):
         """x [rows, 128] by a table of [2 or 1, frames or 1, 1, C]."""
         table = self.extras[name]

@@ -10,7 +10,7 @@ import pytest
 
 from opensora_jax import work
 from opensora_jax.kernels import attention as dispatch
-from opensora_jax.kernels import blocks, cross_tpu, flash_tpu, spec, stdit_tpu, stdit_tpu_backward, tpu_slopes
+from opensora_jax.kernels import blocks, cross_tpu, flash_tpu, spec, stdit_tpu, stdit_tpu_backward, tpu_slopes, tpu_temporal
 from opensora_jax.kernels.attention import attention
 from opensora_jax.kernels.spec import Unsupported
 from opensora_jax.kernels.stdit import ROW, stdit_attention
@@ -44,6 +44,13 @@ def test_fused_rows_match_float64(name, dtype):
         assert stdit_tpu.takes_pieces(call_of(case), 4)
         run = functools.partial(through_pieces, run)
     check(case, dtype, run)
+
+
+@pytest.mark.parametrize("name, frames", [("v1.1 temporal T=16 360p", 7), ("v1.2 temporal T=15 360p", 11)])
+def test_frames_in_chunks_that_overlap(name, frames, monkeypatch):
+    monkeypatch.setattr(tpu_temporal, "CHUNK_ROWS", 96)
+    case = replace(BY_NAME[name].small(), batch=1, queries=frames, heads=4, head_dim=32)
+    check(case, "float32", functools.partial(stdit_attention, implementation="pallas_tpu"))
 
 
 @pytest.mark.parametrize("straight, parts", [(1, 1), (9, 1), (9, 2)])
