@@ -50,7 +50,7 @@ def _call(problem, qkv, extras, d_out, normed):
     return pl.pallas_call(
         lambda qkv_ref, do_ref, refs, *rest: run(qkv_ref, do_ref, refs | {"norm": normed}, *rest),
         grid=grid,
-        in_specs=[problem.of_program(3, **moving), problem.of_program(1, **moving), tpu_temporal.specs_of(extras)],
+        in_specs=[problem.of_program(3, **moving), problem.of_program(1, **moving), tpu_temporal.specs_of(extras, **moving)],
         out_specs=out_specs,
         out_shape=out_shape,
         scratch_shapes=scratch,

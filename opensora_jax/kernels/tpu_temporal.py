@@ -86,8 +86,11 @@ class Problem(NamedTuple):
         return 2 - self.tiles % 2
 
     def stages(self):
-        """(starting, in the middle, ending): each a list of (which of the tiles beside each other, head)."""
-        work = [[(slot, head) for head in range(self.heads.count)] for slot in range(self.beside)]
+        """(starting, in the middle, ending): each a list of (which of the tiles beside each other, head); all heads of a tile
+        at once, but of long rows, whose scores would fill the fast memory, four."""
+        every = [(slot, head) for slot in range(self.beside) for head in range(self.heads.count)]
+        together = self.heads.count if self.rows <= TILE_ROWS else 4
+        work = [every[start : start + together] for start in range(0, len(every), together)]
         return zip([*work, [], []], [[], *work, []], [[], [], *work])
 
     def scratch(self, arrays: int) -> list:
@@ -126,8 +129,8 @@ def operands(problem, dtype, norm, rope, seen):
     return extras, specs_of(extras)
 
 
-def specs_of(extras):
-    whole = lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
+def specs_of(extras, **options):
+    whole = lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim, **options)
     specs = {key: whole(x) for key, x in extras.items()}
     if extras["k_code"].shape[0] > 1:
         specs["k_code"] = pl.BlockSpec((1, *extras["k_code"].shape[1:]), lambda i, j: (i, 0, 0))
