@@ -167,8 +167,8 @@ def main() -> int:
         return 0
     if arguments.compile_stock:
         blocks, chip = json.loads(arguments.compile_stock), arguments.chips[0]
-        attend = tpu_stock.splash(*blocks) if blocks else tpu_stock.ours()
-        tpu_stock.compile_program(attend, chip, CHIPS[chip], arguments.backward)
+        layer = tpu_stock.of_the_library(*blocks) if blocks else tpu_stock.ours()
+        tpu_stock.compile_program(layer, chip, CHIPS[chip], arguments.backward)
         return 0
     if arguments.stock:
         records = tpu_stock.report(arguments.chips or ["v6e", "v5e"])

@@ -2,11 +2,12 @@
 
     python -m benchmarks.tpu_schedule --stock        # v6e and v5e; libtpu, no TPU; 20 minutes of CPU
 
-Both programs project rows of tokens to q, k, v, attend in heads of 72 and project back, forward, and forward with backward;
-the library's has the transposes that its layout needs. A total is what XLA says of all that is outside kernels (its cycles;
-copies by their traffic, as plan/hlo.py counts) and the static schedules of the kernels, never less than their traffic: all
-ESTIMATES. A second ratio has XLA's cycles for copies too, which are several times their traffic. The library runs with the
-best of a few block sizes, chosen by the same totals.
+Both programs project rows of tokens to q, k, v, attend in heads of 72, project back and add the result to the rows, as a
+network's layer does, forward, and forward with backward. Ours projects with the kernels that our networks project with
+(kernels/modulated.py), the library's with XLA, and has the transposes that its layout needs. A total is what XLA says of all
+that is outside kernels (its cycles; copies by their traffic, as plan/hlo.py counts) and the static schedules of the kernels,
+never less than their traffic: all ESTIMATES. A second ratio has XLA's cycles for copies too, which are several times their
+traffic. The library runs with the best of a few block sizes, chosen by the same totals.
 """
 
 import json
@@ -20,6 +21,7 @@ from opensora_jax.plan import bundles, chips, hlo
 from opensora_jax.plan.libtpu import QUIET, dump_to
 
 ROWS, TOKENS, HEADS, HEAD_DIM = 8, 1024, 16, 72
+CHANNELS = HEADS * HEAD_DIM
 # Queries, keys in memory, keys at once.
 FORWARD = ((512, 1024, 512), (1024, 1024, 512), (1024, 1024, 1024))
 BACKWARD = ((512, 1024, 512), (1024, 1024, 512), (1024, 1024, 1024))
@@ -38,43 +40,54 @@ def splash(forward, backward):
 
     def attend(qkv):
         q, k, v = qkv.reshape(ROWS, TOKENS, 3, HEADS, HEAD_DIM).transpose(2, 0, 3, 1, 4)
-        return jax.vmap(run)(q * HEAD_DIM**-0.5, k, v).swapaxes(1, 2).reshape(ROWS, TOKENS, HEADS * HEAD_DIM)
+        return jax.vmap(run)(q * HEAD_DIM**-0.5, k, v).swapaxes(1, 2).reshape(ROWS, TOKENS, CHANNELS)
 
     return attend
+
+
+def of_the_library(forward, backward):
+    """x, (kernel, bias) of qkv and of the output → x and the projected result of attention."""
+    attend = splash(forward, backward)
+    return lambda x, qkv, out: x + (attend(x @ qkv[0] + qkv[1]) @ out[0] + out[1])
 
 
 def ours():
+    from opensora_jax.kernels import modulated
     from opensora_jax.kernels.stdit import stdit_attention
 
-    attend = lambda qkv: stdit_attention(qkv[None], num_heads=HEADS, implementation="pallas_tpu")[0]
-    return attend
+    def layer(x, qkv, out):
+        y, x = modulated.linear(x[None], None, None, *qkv)
+        return modulated.project(x, stdit_attention(y, num_heads=HEADS), None, *out)[0]
+
+    return layer
 
 
-def compile_program(attend, chip: str, topology: str, backward: bool) -> None:
-    """In a process of its own; prints the program, while schedules land in the dump folder."""
+def compile_program(layer, chip: str, topology: str, backward: bool) -> None:
+    """In a process of its own; prints the program and the steps that share a row, while schedules land in the dump folder."""
     import jax
     from jax.experimental import topologies
     from jax.experimental.layout import Format, Layout
     from jax.sharding import SingleDeviceSharding
 
+    from opensora_jax import work
     from opensora_jax.kernels import spec
 
-    channels = HEADS * HEAD_DIM
-    shapes = [(ROWS, TOKENS, channels), (channels, 3 * channels), (channels, channels)]
-    shapes = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in shapes]
-    layer = lambda x, qkv, out: attend(x @ qkv) @ out
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
+    linear = lambda width: (array(CHANNELS, width), array(width))
+    shapes = array(ROWS, TOKENS, CHANNELS), linear(3 * CHANNELS), linear(CHANNELS)
 
-    def both(x, qkv, out):
-        y, pull = jax.vjp(layer, x, qkv, out)
+    def both(*given):
+        y, pull = jax.vjp(layer, *given)
         return y, pull(y)
 
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     run = both if backward else layer
     place = lambda x: Format(Layout(tuple(range(x.ndim))), SingleDeviceSharding(device))
     with spec.target(chip):
-        outputs = jax.tree.map(place, jax.eval_shape(run, *shapes))
-        traced = jax.jit(run, in_shardings=tuple(map(place, shapes)), out_shardings=outputs).trace(*shapes)
-        print(traced.lower(lowering_platforms=("tpu",)).compile().as_text())
+        inputs, outputs = (jax.tree.map(place, x) for x in (shapes, jax.eval_shape(run, *shapes)))
+        traced = jax.jit(run, in_shardings=inputs, out_shardings=outputs).trace(*shapes)
+        text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    print(json.dumps({"program": text, "steps_a_row": work.count(traced.jaxpr).steps_a_row()}))
 
 
 def measure(blocks, chip: str, backward: bool) -> dict:
@@ -87,11 +100,12 @@ def measure(blocks, chip: str, backward: bool) -> dict:
         if done.returncode:
             refused = done.stderr.strip().splitlines()[-1][:200]
             return {"refused": refused} | dict.fromkeys(("total_ms", "xla_total_ms"), float("inf"))
-        module = hlo.parse(done.stdout)
+        said = json.loads(done.stdout.splitlines()[-1])
+        module = hlo.parse(said["program"])
         found, machine = hlo.contents(module, {}), chips.CHIPS[chip]
         outside = found.cycles / machine.clock + found.traffic / machine.bandwidth
         traffic = {op.name: module.traffic(op) for op, _, _ in module.walk() if op.is_kernel}
-        scheduled = bundles.call_seconds(Path(folder), machine.clock, module.alike())
+        scheduled = bundles.call_seconds(Path(folder), machine.clock, module.alike(), said["steps_a_row"])
         kernels = {
             name: count * max(scheduled(name), traffic[name] / machine.bandwidth)
             for name, count in found.kernel_calls.items()

@@ -29,6 +29,7 @@ class Kernel:
     calls: int
     flops: float
     bytes: float
+    innermost: int = 1  # the last dimension of the grid
     equation: Any = field(compare=False, repr=False, default=None)
 
 
@@ -37,6 +38,14 @@ class Work:
     flops: float = 0.0
     kernels: list[Kernel] = field(default_factory=list)
     unknown_loops: int = 0  # `while` loops without a known length, counted once
+
+    def steps_a_row(self) -> dict[str, int]:
+        """Of kernels that begin with what serves a row's steps, the fewest of these steps."""
+        found = {}
+        for kernel in self.kernels:
+            if kernel.name in spec.PREPARE_ROWS:
+                found[kernel.name] = min(kernel.innermost, found.get(kernel.name, kernel.innermost))
+        return found
 
 
 @functools.lru_cache(maxsize=64)
@@ -91,13 +100,14 @@ def _count_dearest(branches, times, devices, work: Work) -> None:
 
 
 def _count_kernel(eqn, times, devices, work: Work) -> None:
-    grid = math.prod(n for n in eqn.params["grid_mapping"].grid if isinstance(n, int))
+    grid = [n for n in eqn.params["grid_mapping"].grid if isinstance(n, int)]
     inside = Work()
-    _count(_bare(eqn.params["jaxpr"]), grid, 1, inside)
-    traffic = sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in (*eqn.invars, *eqn.outvars))
+    _count(_bare(eqn.params["jaxpr"]), math.prod(grid), 1, inside)
+    arrays = {id(v): v.aval for v in (*eqn.invars, *eqn.outvars)}.values()  # q, k and v may be blocks of one array
+    traffic = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
     info = eqn.params.get("name_and_src_info")
     name = getattr(info, "name", None) or eqn.params.get("name") or "kernel"
-    work.kernels.append(Kernel(str(name), times, inside.flops, float(traffic), eqn))
+    work.kernels.append(Kernel(str(name), times, inside.flops, float(traffic), grid[-1] if grid else 1, eqn))
     work.flops += times * devices * inside.flops
 
 

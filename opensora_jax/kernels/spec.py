@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+# Kernels that prepare a row's keys and values in the first of its steps, the innermost dimension of their grid.
+PREPARE_ROWS = ("stdit_spatial", "cross_attention", "cross_backward")
 CHIPS = {  # device_kind, in lower case, contains → our name
     "v5 lite": "v5e",
     "v5e": "v5e",

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from opensora_jax.kernels import blocks, spec, tpu_channels, tpu_temporal
+from opensora_jax.kernels import blocks, tpu_channels, tpu_temporal
 from opensora_jax.kernels.tpu_lanes import COLUMNS_BY_COLUMNS, LANES, ROWS_BY_ROWS, dot
 from opensora_jax.kernels.tpu_temporal import FAR, Block, lanes, pack, unpack
 
@@ -50,7 +50,11 @@ def _call(problem, qkv, extras, d_out, normed):
     return pl.pallas_call(
         lambda qkv_ref, do_ref, refs, *rest: run(qkv_ref, do_ref, refs | {"norm": normed}, *rest),
         grid=grid,
-        in_specs=[problem.of_program(3, **moving), problem.of_program(1, **moving), tpu_temporal.specs_of(extras, **moving)],
+        in_specs=[
+            problem.of_program(3, **moving),
+            problem.of_program(1, **moving),
+            tpu_temporal.specs_of(extras, **moving),
+        ],
         out_specs=out_specs,
         out_shape=out_shape,
         scratch_shapes=scratch,
@@ -163,7 +167,9 @@ def _undo(block, qkv_ref, d_ref, d_norm_ref, roots, chunk):
                 g = g * root_of[mine]
                 d_weight = d_weight + g * u
                 du = block.times(g, "weight", which, tile, chunk) - u * along_of[mine]
-                parts.append(du if problem.norm_first else block.mix(du, tpu_channels.swap(du), BACK, which, tile, chunk))
+                parts.append(
+                    du if problem.norm_first else block.mix(du, tpu_channels.swap(du), BACK, which, tile, chunk)
+                )
             put(which, tile, parts)
             d_norm_ref[0, 0, which, :, lanes(tile)] += _fresh(problem, d_weight, chunk).reshape(-1, 8, LANES).sum(0)
 

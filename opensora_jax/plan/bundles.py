@@ -2,7 +2,7 @@
 
 The dump (`LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true"`) holds the instruction bundles of every
 kernel: bundles x trips / clock is a time that no machine is needed for. It sees no stalls on memory, and counts what
-stands behind a condition as if it always ran, except the first such region (work done once a row).
+stands behind a condition as if it always ran, except the first such region in kernels that prepare rows.
 """
 
 import functools
@@ -106,9 +106,12 @@ def _of_kernels(folder: Path, pattern: str) -> list[Schedule]:
     return [read_schedule(path.read_text(), text(path)) for path in files]
 
 
-def call_seconds(folder: Path, clock: float, alike: dict[str, list[str]]) -> Callable[[str], float]:
+def call_seconds(
+    folder: Path, clock: float, alike: dict[str, list[str]], steps_a_row: dict[str, int]
+) -> Callable[[str], float]:
     """Of one call of the kernel that an instruction is. Calls that are alike (hlo.py) are compiled once, under the name of
-    one of them: where none has a schedule, the longest of its kind stands for it."""
+    one of them: where none has a schedule, the longest of its kind stands for it. steps_a_row: by name, of kernels that do
+    something in the first of these steps alone."""
 
     @functools.cache
     def seconds(name: str) -> float:
@@ -118,6 +121,7 @@ def call_seconds(folder: Path, clock: float, alike: dict[str, list[str]]) -> Cal
         found = next(filter(None, (_of_kernels(folder, pattern) for pattern in patterns)), None)
         if not found:
             raise FileNotFoundError(f"{folder}: no schedule of {name}")
-        return max(schedule.cycles() for schedule in found) / clock
+        steps = next((n for kernel, n in steps_a_row.items() if re.fullmatch(rf"(\w+_)?{kernel}_*", kind)), 1)
+        return max(schedule.cycles(steps) for schedule in found) / clock
 
     return seconds

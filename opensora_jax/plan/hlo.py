@@ -61,8 +61,8 @@ class Module:
         return {op.name: op.type for computation in self.computations.values() for op in computation}
 
     def traffic(self, op: Instruction) -> int:
-        """Bytes that an instruction reads and writes."""
-        written = [op.type, *(self.types.get(name, "") for name in op.operands)]
+        """Bytes that an instruction reads and writes; an array that it takes twice is counted once."""
+        written = [op.type, *(self.types.get(name, "") for name in dict.fromkeys(op.operands))]
         return sum(size for text in written for _, size in arrays(text))
 
     def alike(self) -> dict[str, list[str]]:

@@ -70,7 +70,7 @@ def compiled(
     at_best, kernels_from = estimate.call_seconds(arithmetic.kernels, topology), LOWER_BOUND
     kernel_seconds = {name: at_best(name) for name in inside.kernel_calls}
     if schedules:
-        scheduled = bundles.call_seconds(Path(schedules), topology.chip.clock, module.alike())
+        scheduled = bundles.call_seconds(Path(schedules), topology.chip.clock, module.alike(), arithmetic.steps_a_row())
         kernel_seconds = {name: max(least, scheduled(name)) for name, least in kernel_seconds.items()}
         kernels_from = "their static schedules"
 

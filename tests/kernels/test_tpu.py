@@ -10,7 +10,16 @@ import pytest
 
 from opensora_jax import work
 from opensora_jax.kernels import attention as dispatch
-from opensora_jax.kernels import blocks, cross_tpu, flash_tpu, spec, stdit_tpu, stdit_tpu_backward, tpu_slopes, tpu_temporal
+from opensora_jax.kernels import (
+    blocks,
+    cross_tpu,
+    flash_tpu,
+    spec,
+    stdit_tpu,
+    stdit_tpu_backward,
+    tpu_slopes,
+    tpu_temporal,
+)
 from opensora_jax.kernels.attention import attention
 from opensora_jax.kernels.spec import Unsupported
 from opensora_jax.kernels.stdit import ROW, stdit_attention
