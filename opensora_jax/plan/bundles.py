@@ -106,6 +106,11 @@ def _of_kernels(folder: Path, pattern: str) -> list[Schedule]:
     return [read_schedule(path.read_text(), text(path)) for path in files]
 
 
+def kernel_name(instruction: str) -> str:
+    """Of an instruction: what is left without the marks of differentiation and a number."""
+    return re.sub(r"\.\d+$", "", instruction).removeprefix("transpose_").removeprefix("jvp_").strip("_")
+
+
 def call_seconds(
     folder: Path, clock: float, alike: dict[str, list[str]], steps_a_row: dict[str, int]
 ) -> Callable[[str], float]:
@@ -121,7 +126,6 @@ def call_seconds(
         found = next(filter(None, (_of_kernels(folder, pattern) for pattern in patterns)), None)
         if not found:
             raise FileNotFoundError(f"{folder}: no schedule of {name}")
-        steps = next((n for kernel, n in steps_a_row.items() if re.fullmatch(rf"(\w+_)?{kernel}_*", kind)), 1)
-        return max(schedule.cycles(steps) for schedule in found) / clock
+        return max(schedule.cycles(steps_a_row.get(kernel_name(name), 1)) for schedule in found) / clock
 
     return seconds

@@ -56,6 +56,7 @@ class Plan:
     collective_seconds: tuple[float, ...] = ()
     waited_seconds: float | None = None  # for exchanges, by a replay
     kernels: tuple[Kernel, ...] = ()
+    kernel_parts: dict[str, tuple[int, float]] = field(default_factory=dict)  # by name: calls, seconds of all of them
     compile_seconds: float = 0.0
     notes: tuple[str, ...] = field(default=())
 
@@ -136,6 +137,7 @@ class Plan:
                 "step": self.step_seconds,
             },
             "fusions_from": self.fusions_from, "kernels_from": self.kernels_from,
+            "kernel_parts": {name: {"calls": n, "seconds": seconds} for name, (n, seconds) in self.kernel_parts.items()},
             "mfu": self.mfu, "hfu": self.hfu, "collectives": exchanges, "kernels": kernels,
             "compile_seconds": self.compile_seconds, "advice": self.advice(), "notes": list(self.notes),
         }  # fmt: skip

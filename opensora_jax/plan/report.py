@@ -26,6 +26,7 @@ def text(plan: Plan) -> str:
         ("compute", f"{milliseconds(plan.compute_seconds)} ESTIMATE"),
         ("  fusions", f"{milliseconds(plan.fusion_seconds)} by {plan.fusions_from}"),
         ("  kernels", f"{milliseconds(plan.kernel_seconds)} by {plan.kernels_from}"),
+        *kernels(plan),
         ("communication", f"{milliseconds(plan.communication_seconds)} ESTIMATE, bytes over link rates"),
         ("  waited for", milliseconds(plan.exposed_seconds)),
         *exchanges(plan),
@@ -36,7 +37,14 @@ def text(plan: Plan) -> str:
         rows.append(("compiled in", f"{plan.compile_seconds:.0f} s"))
     rows += [("change", line) for line in plan.advice()]
     rows += [("note", line) for line in plan.notes]
-    return "\n".join(f"{name:22s}{value}" for name, value in rows)
+    width = max(22, *(len(name) + 2 for name, _ in rows))
+    return "\n".join(f"{name:{width}s}{value}" for name, value in rows)
+
+
+def kernels(plan: Plan) -> list[tuple[str, str]]:
+    """One row a kernel, longest first."""
+    parts = sorted(plan.kernel_parts.items(), key=lambda part: -part[1][1])
+    return [(f"    {name}", f"{seconds * 1e3:,.1f} ms in {calls} calls") for name, (calls, seconds) in parts]
 
 
 def exchanges(plan: Plan) -> list[tuple[str, str]]:

@@ -74,6 +74,12 @@ def compiled(
         kernel_seconds = {name: max(least, scheduled(name)) for name, least in kernel_seconds.items()}
         kernels_from = "their static schedules"
 
+    parts = {}
+    for name, times in inside.kernel_calls.items():
+        own = bundles.kernel_name(name)
+        calls, seconds_of = parts.get(own, (0, 0.0))
+        parts[own] = calls + times, seconds_of + times * kernel_seconds[name]
+
     def compute(op: hlo.Instruction) -> float:
         if op.name in kernel_seconds:
             return kernel_seconds[op.name]
@@ -92,7 +98,8 @@ def compiled(
         fusion_seconds=inside.cycles / topology.chip.clock + inside.traffic / topology.chip.bandwidth,
         fusions_from="the compiler's cycles; copies and bare sums by their traffic",
         kernels=tuple(arithmetic.kernels),
-        kernel_seconds=sum(times * kernel_seconds[name] for name, times in inside.kernel_calls.items()),
+        kernel_parts=parts,
+        kernel_seconds=sum(seconds_of for _, seconds_of in parts.values()),
         kernels_from=kernels_from,
         collectives=inside.collectives,
         collective_seconds=estimate.timed(inside.collectives, links),

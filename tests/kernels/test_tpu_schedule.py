@@ -10,7 +10,7 @@ import pytest
 from benchmarks.tpu_schedule import REPRESENTATIVE, relayouts, steps_per_row
 from opensora_jax.kernels import blocks
 from opensora_jax.plan import hlo
-from opensora_jax.plan.bundles import Schedule, call_seconds, of_kernel, read_schedule
+from opensora_jax.plan.bundles import Schedule, call_seconds, kernel_name, of_kernel, read_schedule
 from tests.kernels.cases import BY_NAME
 
 TEXT = """\
@@ -62,6 +62,22 @@ ENTRY %main {{
     seconds = call_seconds(tmp_path, 1e9, module.alike(), {})
     assert seconds("modulated_linear.7") == seconds("modulated_linear.2") < seconds("modulated_linear.1")
     assert seconds("modulated_linear.9") == seconds("modulated_linear.1")  # unknown: the longest of its kind
+
+
+def test_an_instruction_says_its_kernel():
+    for instruction in ("stdit_spatial.3", "transpose_jvp_stdit_spatial__.1", "jvp_stdit_spatial_", "stdit_spatial"):
+        assert kernel_name(instruction) == "stdit_spatial"
+    assert kernel_name("transpose_jvp_stdit_spatial_backward__.12") == "stdit_spatial_backward"
+
+
+def test_what_a_row_begins_with_counts_once_a_row(tmp_path):
+    long = "\n".join(f"   0x{i:x}   : > {{ %x = vld }}" for i in range(600))
+    text = f"   0x1 LB: > {{ %a = sld }}\n{long}\n   0x8 PF: > {{ %d = vst }}\n   0x9   : > {{ %p = scmp.ge.s32.totalorder %i, 66 /* loop exit test */ }}"
+    (tmp_path / "17-stdit_spatial.1-72-final_bundles.txt").write_text(text)
+    (tmp_path / "17-stdit_spatial.1-72-final_hlo-static-per-bundle-utilization.txt").write_text(USED)
+    bundles = lambda steps: call_seconds(tmp_path, 1.0, {}, steps)("stdit_spatial.1") / 64
+    assert bundles({}) == 603
+    assert bundles({"stdit_spatial": 4}) == 603 - 602 * 3 / 4
 
 
 def test_blocks_of_a_row_follow_the_kernel():
