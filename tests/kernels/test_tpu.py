@@ -132,6 +132,7 @@ FLASH = {  # heads, head size, dtype, what is hidden
     "mask": (4, 96, "bfloat16", ("kv_mask",)),
     "lengths and mask": (3, 40, "float32", ("kv_lengths", "kv_mask")),
     "whole tiles": (1, 128, "float32", ("kv_lengths",)),
+    "whole tiles under a mask": (1, 128, "float32", ("kv_lengths", "kv_mask")),
 }
 
 
@@ -214,7 +215,7 @@ def test_automatic_choice_on_a_tpu():
         (102400, 2, 72, (), "pallas_tpu"),
         (4096, 16, 72, ("kv_mask",), "pallas_tpu"),
         (8828, 24, 128, ("kv_lengths",), "pallas_tpu"),
-        (8828, 24, 128, ("kv_mask",), "xla"),
+        (8828, 24, 128, ("kv_mask",), "pallas_tpu"),
         (512, 2, 72, (), "xla"),
         (77, 12, 64, ("causal",), "xla"),
     ],
