@@ -159,16 +159,15 @@ def main() -> int:
     parser.add_argument("--json", help="write the records here")
     parser.add_argument("--stock", action="store_true", help="spatial kernels against jax's splash attention")
     parser.add_argument("--compile", metavar="CASE", help=argparse.SUPPRESS)
-    parser.add_argument("--compile-stock", metavar="BLOCKS", help=argparse.SUPPRESS)
+    parser.add_argument("--compile-stock", metavar="SUBJECT", help=argparse.SUPPRESS)
     parser.add_argument("--backward", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.compile:
         compile_case(arguments.compile, arguments.chips[0], arguments.backward)
         return 0
     if arguments.compile_stock:
-        blocks, chip = json.loads(arguments.compile_stock), arguments.chips[0]
-        layer = tpu_stock.of_the_library(*blocks) if blocks else tpu_stock.ours()
-        tpu_stock.compile_program(layer, chip, CHIPS[chip], arguments.backward)
+        (at, blocks), chip = json.loads(arguments.compile_stock), arguments.chips[0]
+        tpu_stock.compile_program(tpu_stock.SUBJECTS[at], blocks, chip, CHIPS[chip], arguments.backward)
         return 0
     if arguments.stock:
         records = tpu_stock.report(arguments.chips or ["v6e", "v5e"])

@@ -1,6 +1,6 @@
 """Our spatial kernels for TPUs against jax's own splash attention, by what the compiler says of whole programs.
 
-    python -m benchmarks.tpu_schedule --stock        # v6e and v5e; libtpu, no TPU; 20 minutes of CPU
+    python -m benchmarks.tpu_schedule --stock        # v6e and v5e; libtpu, no TPU; 30 minutes of CPU
 
 Both programs project rows of tokens to q, k, v, attend in heads of 72, project back and add the result to the rows, as a
 network's layer does, forward, and forward with backward. Ours projects with the kernels that our networks project with
@@ -8,61 +8,107 @@ network's layer does, forward, and forward with backward. Ours projects with the
 that is outside kernels (its cycles; copies by their traffic, as plan/hlo.py counts) and the static schedules of the kernels,
 never less than their traffic: all ESTIMATES. A second ratio has XLA's cycles for copies too, which are several times their
 traffic. The library runs with the best of a few block sizes, chosen by the same totals.
+
+The second subject has q/k norm, rotation, and rows of no whole tiles, which the library's program pads and hides.
 """
 
+import functools
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from opensora_jax.plan import bundles, chips, hlo
 from opensora_jax.plan.libtpu import QUIET, dump_to
 
-ROWS, TOKENS, HEADS, HEAD_DIM = 8, 1024, 16, 72
+ROWS, HEADS, HEAD_DIM = 8, 16, 72
 CHANNELS = HEADS * HEAD_DIM
+WHOLE = 1024  # tokens that the library's blocks divide
 # Queries, keys in memory, keys at once.
 FORWARD = ((512, 1024, 512), (1024, 1024, 512), (1024, 1024, 1024))
 BACKWARD = ((512, 1024, 512), (1024, 1024, 512), (1024, 1024, 1024))
 
 
-def splash(forward, backward):
+@dataclass(frozen=True)
+class Subject:
+    tokens: int
+    dressed: bool  # with q/k norm and rotation
+
+    @property
+    def name(self) -> str:
+        return f"S={self.tokens}" + ", norm and rotation" * self.dressed
+
+    def extras(self) -> dict:
+        """Options of stdit_attention."""
+        if not self.dressed:
+            return {}
+        angles = np.repeat(np.outer(np.arange(self.tokens), 1e4 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)), 2, axis=1)
+        weights = {name: np.linspace(0.5, 1.5, HEAD_DIM, dtype="float32") for name in ("q_scale", "k_scale")}
+        return weights | {"rope": (np.cos(angles).astype("float32"), np.sin(angles).astype("float32"))}
+
+
+SUBJECTS = (Subject(1024, False), Subject(920, True))
+
+
+def splash(subject: Subject, forward, backward):
     """The library's kernel; dq, dk and dv of one kernel, which is its faster form."""
     import jax
+    import jax.numpy as jnp
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     sizes = dict(zip(("block_q", "block_kv", "block_kv_compute"), forward))
     sizes |= dict(zip(("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"), backward or forward))
-    mask = masks.MultiHeadMask([masks.FullMask((TOKENS, TOKENS))] * HEADS)
+    mask = masks.MultiHeadMask([masks.FullMask((WHOLE, WHOLE))] * HEADS)
     run = kernel.make_splash_mha_single_device(mask, block_sizes=kernel.BlockSizes(**sizes, use_fused_bwd_kernel=True))
+    extras, more = subject.extras(), WHOLE - subject.tokens
+    if more:  # what fills rows up is a segment of its own
+        ids = jnp.asarray(np.arange(WHOLE) >= subject.tokens, jnp.int32)
+        run = functools.partial(run, segment_ids=kernel.SegmentIds(ids, ids))
+
+    def dress(x, weight):
+        """[rows, heads, tokens, dim]"""
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * weight
+        pairs = x.reshape(*x.shape[:-1], -1, 2)
+        turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], -1).reshape(x.shape)
+        cos, sin = extras["rope"]
+        return (x * cos + turned * sin).astype("bfloat16")
 
     def attend(qkv):
-        q, k, v = qkv.reshape(ROWS, TOKENS, 3, HEADS, HEAD_DIM).transpose(2, 0, 3, 1, 4)
-        return jax.vmap(run)(q * HEAD_DIM**-0.5, k, v).swapaxes(1, 2).reshape(ROWS, TOKENS, CHANNELS)
+        q, k, v = qkv.reshape(ROWS, subject.tokens, 3, HEADS, HEAD_DIM).transpose(2, 0, 3, 1, 4)
+        if subject.dressed:
+            q, k = dress(q, extras["q_scale"]), dress(k, extras["k_scale"])
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (q * HEAD_DIM**-0.5, k, v))
+        return jax.vmap(run)(q, k, v)[:, :, : subject.tokens].swapaxes(1, 2).reshape(ROWS, subject.tokens, CHANNELS)
 
     return attend
 
 
-def of_the_library(forward, backward):
+def of_the_library(subject: Subject, forward, backward):
     """x, (kernel, bias) of qkv and of the output → x and the projected result of attention."""
-    attend = splash(forward, backward)
+    attend = splash(subject, forward, backward)
     return lambda x, qkv, out: x + (attend(x @ qkv[0] + qkv[1]) @ out[0] + out[1])
 
 
-def ours():
+def ours(subject: Subject):
     from opensora_jax.kernels import modulated
     from opensora_jax.kernels.stdit import stdit_attention
 
     def layer(x, qkv, out):
         y, x = modulated.linear(x[None], None, None, *qkv)
-        return modulated.project(x, stdit_attention(y, num_heads=HEADS), None, *out)[0]
+        return modulated.project(x, stdit_attention(y, num_heads=HEADS, **subject.extras()), None, *out)[0]
 
     return layer
 
 
-def compile_program(layer, chip: str, topology: str, backward: bool) -> None:
+def compile_program(subject: Subject, blocks, chip: str, topology: str, backward: bool) -> None:
     """In a process of its own; prints the program and the steps that share a row, while schedules land in the dump folder."""
     import jax
     from jax.experimental import topologies
@@ -72,9 +118,10 @@ def compile_program(layer, chip: str, topology: str, backward: bool) -> None:
     from opensora_jax import work
     from opensora_jax.kernels import spec
 
+    layer = of_the_library(subject, *blocks) if blocks else ours(subject)
     array = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
     linear = lambda width: (array(CHANNELS, width), array(width))
-    shapes = array(ROWS, TOKENS, CHANNELS), linear(3 * CHANNELS), linear(CHANNELS)
+    shapes = array(ROWS, subject.tokens, CHANNELS), linear(3 * CHANNELS), linear(CHANNELS)
 
     def both(*given):
         y, pull = jax.vjp(layer, *given)
@@ -90,12 +137,12 @@ def compile_program(layer, chip: str, topology: str, backward: bool) -> None:
     print(json.dumps({"program": text, "steps_a_row": work.count(traced.jaxpr).steps_a_row()}))
 
 
-def measure(blocks, chip: str, backward: bool) -> dict:
+def measure(subject: Subject, blocks, chip: str, backward: bool) -> dict:
     """Milliseconds outside and inside kernels; blocks: the library's, forward and backward, or None for ours."""
     with tempfile.TemporaryDirectory() as folder:
         quiet = QUIET | {"TPU_LOG_DIR": folder, "LIBTPU_INIT_ARGS": dump_to(folder), "XLA_FLAGS": ""}
         command = [sys.executable, "-m", "benchmarks.tpu_schedule", "--chips", chip]
-        command += ["--compile-stock", json.dumps(blocks)] + ["--backward"] * backward
+        command += ["--compile-stock", json.dumps([SUBJECTS.index(subject), blocks])] + ["--backward"] * backward
         done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True, timeout=1800)
         if done.returncode:
             refused = done.stderr.strip().splitlines()[-1][:200]
@@ -120,15 +167,16 @@ def report(wanted) -> list[dict]:
     """Prints a table; its rows come back."""
     records = []
     print(
-        "| program | chip | pass | outside kernels ms (ESTIMATE) | kernels ms | total | against ours | "
+        "| program | rows | chip | pass | outside kernels ms (ESTIMATE) | kernels ms | total | against ours | "
         "total with XLA's cycles for copies | against ours |"
     )
-    print("|" + "---|" * 9)
+    print("|" + "---|" * 10)
 
-    def row(name, chip, backward, blocks, against=None):
-        record = {"program": name, "chip": chip, "backward": backward} | measure(blocks, chip, backward)
+    def row(subject, name, chip, backward, blocks, against=None):
+        record = {"program": name, "rows": subject.name, "chip": chip, "backward": backward}
+        record |= measure(subject, blocks, chip, backward)
         records.append(record)
-        cells = [name, chip, "forward and backward" if backward else "forward"]
+        cells = [name, subject.name, chip, "forward and backward" if backward else "forward"]
         cells += [record["refused"]] if "refused" in record else [
             f"{record['outside_ms']:.3f}", " + ".join(f"{value:.3f}" for value in record["kernels_ms"].values()),
             *(cell for key in ("total_ms", "xla_total_ms")
@@ -137,15 +185,19 @@ def report(wanted) -> list[dict]:
         print("| " + " | ".join(cells) + " |", flush=True)
         return record
 
-    for chip in wanted:
-        forward, both = (row("stdit_attention", chip, backward, None) for backward in (False, True))
+    for chip, subject in itertools.product(wanted, SUBJECTS):
+        compared = functools.partial(row, subject)
+        forward, both = (compared("ours", chip, backward, None) for backward in (False, True))
         name = lambda blocks: "splash " + "/".join(map(str, blocks))
-        tried = {blocks: row(name(blocks), chip, False, (blocks, None), forward) for blocks in FORWARD}
+        tried = {blocks: compared(name(blocks), chip, False, (blocks, None), forward) for blocks in FORWARD}
         fastest = min(tried, key=lambda blocks: tried[blocks]["total_ms"])
-        after = [row(f"{name(fastest)}, {name(blocks)}", chip, True, (fastest, blocks), both) for blocks in BACKWARD]
+        after = [compared(f"{name(fastest)}, {name(b)}", chip, True, (fastest, b), both) for b in BACKWARD]
         best = min(after, key=lambda record: record["total_ms"])
         for key in ("total_ms", "xla_total_ms"):
             first, second = (stock[key] / own[key] for stock, own in ((tried[fastest], forward), (best, both)))
             alone = (best[key] - tried[fastest][key]) / (both[key] - forward[key])
-            print(f"{chip}, {key}: {first:.2f} forward, {second:.2f} with backward, {alone:.2f} backward alone")
+            print(
+                f"{chip}, {subject.name}, {key}: {first:.2f} forward, {second:.2f} with backward, "
+                f"{alone:.2f} backward alone"
+            )
     return records

@@ -138,3 +138,14 @@ def test_report_marks_estimates_and_json_agrees():
     assert found["collectives"][0]["moved"] == pytest.approx(168 * 18.9e6 * 7 / 8)
     assert found["seconds"]["step"] == pytest.approx(plan().step_seconds)
     assert "DOES NOT FIT" in report.text(plan(memory=estimate.Memory(1e12, 0)))
+
+
+def test_report_lists_kernels_longest_first():
+    parts = {"short": (28, 0.001), "a_kernel_with_a_long_name": (56, 0.0485)}
+    named = plan(kernel_parts=parts)
+    rows = report.text(named).splitlines()
+    at = next(i for i, row in enumerate(rows) if "a_kernel" in row)
+    assert rows[at].split() == ["a_kernel_with_a_long_name", "48.5", "ms", "in", "56", "calls"]
+    assert rows[at + 1].split()[0] == "short"
+    assert rows[at].index("48.5") == rows[at + 1].index("1.0 ms")  # one column
+    assert json.loads(report.as_json([named]))["kernel_parts"]["short"] == {"calls": 28, "seconds": 0.001}
