@@ -28,14 +28,22 @@ def supports(call: Call) -> None:
     if heads.dim > LANES - PERIOD:
         raise Unsupported(f"head_dim {heads.dim} leaves fewer than {PERIOD} lanes of {LANES}")
     tpu_channels.marks(heads)
+    problem = _problem(heads, call.queries, 1, jnp.dtype(call.dtype).itemsize)
+    needed = stdit_tpu_temporal_backward.bytes_of(problem, "norm" in call.extras, "rope" in call.extras, buffers=1)
+    if needed > blocks.vmem():
+        raise Unsupported(
+            f"{call.queries} frames need {needed >> 20} MiB of VMEM backward, {blocks.vmem() >> 20} are to be had"
+        )
+
+
+def _problem(heads, frames, positions, itemsize, norm_first=True, pieces=1, interpret=False):
+    block = 8 if frames > 64 and itemsize == 4 else 16
+    return Problem(heads, frames, positions, block, itemsize, norm_first, pieces, interpret)
 
 
 def attend(qkv_btsc, heads, norm, rope, norm_first, kv_mask, pieces, interpret):
     b, t, s, c3 = qkv_btsc.shape
-    t *= pieces
-    itemsize = qkv_btsc.dtype.itemsize
-    block = 8 if t > 64 and itemsize == 4 else 16
-    problem = Problem(heads, t, s, block, itemsize, norm_first, pieces, interpret)
+    problem = _problem(heads, pieces * t, s, qkv_btsc.dtype.itemsize, norm_first, pieces, interpret)
     shown = None if kv_mask is None else kv_mask.astype(jnp.float32)
     out = _attend(qkv_btsc.reshape(pieces, -1, *qkv_btsc.shape[1:]), norm, rope, shown, problem)
     out = out if kv_mask is None else jnp.where(kv_mask.any(-1)[:, None, None, None], out, 0)

@@ -21,6 +21,8 @@ from opensora_jax.kernels import blocks, tpu_channels, tpu_temporal
 from opensora_jax.kernels.tpu_lanes import COLUMNS_BY_COLUMNS, LANES, ROWS_BY_ROWS, dot
 from opensora_jax.kernels.tpu_temporal import FAR, Block, lanes, pack, unpack
 
+ARRAYS = 4  # that lie in fast memory as words: q, k, v and the gradient of the result
+SPILLS = 6 << 20
 BACK = ("cos", "sin_back")  # the rotation's tables on the way back
 
 
@@ -38,10 +40,11 @@ def gradients(qkv, norm, rope, shown, d_out, problem):
 def _call(problem, qkv, extras, d_out, normed):
     channels = problem.heads.channels
     grid = (qkv.shape[1], -(-problem.positions // problem.block))
-    scratch = problem.scratch(4)
+    scratch = problem.scratch(ARRAYS)
     if normed:
         scratch.append(pltpu.VMEM((2, problem.pack, problem.padded * problem.words, LANES), jnp.float32))
-    moving = {} if _bytes(problem, extras, scratch) <= blocks.vmem() else {"pipeline_mode": pl.Buffered(1)}
+    double = bytes_of(problem, normed, "cos" in extras, buffers=2) <= blocks.vmem()
+    moving = {} if double else {"pipeline_mode": pl.Buffered(1)}
     out_specs, out_shape = [problem.of_program(3, **moving)], [jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)]
     if normed:
         out_specs.append(pl.BlockSpec((1, 1, 2, 8, channels), lambda i, j: (i, j, 0, 0, 0)))
@@ -66,11 +69,15 @@ def _call(problem, qkv, extras, d_out, normed):
     )(qkv, d_out, extras)
 
 
-def _bytes(problem, extras, scratch) -> int:
-    """Of fast memory, with two buffers for everything that moves."""
-    moving = 7 * problem.frames * problem.block * problem.heads.channels * problem.itemsize
-    tables = sum(4 * x.size for x in extras.values())
-    return 2 * (moving + tables) + sum(4 * math.prod(x.shape) for x in scratch)
+def bytes_of(problem, normed: bool, rotated: bool, buffers: int) -> int:
+    """Of fast memory: not less than the compiler asks for, up to which 120 frames with norm and rotation compile for v5p,
+    and 128 do not (2026-11-29)."""
+    channels = problem.heads.channels
+    moving = 7 * problem.frames * problem.block * channels * problem.itemsize
+    tables = 6 * 4 * channels * (problem.frames if rotated else 1)
+    roots = normed * 2 * problem.pack * problem.padded * problem.words * LANES
+    held = roots + sum(math.prod(x.shape) for x in problem.scratch(ARRAYS))
+    return buffers * (moving + tables) + 4 * held + SPILLS
 
 
 def kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):

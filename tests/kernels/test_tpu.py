@@ -273,3 +273,7 @@ def test_layouts_that_do_not_fit_are_refused_with_the_reason():
     }.items():
         with pytest.raises(Unsupported, match=reason):
             stdit_tpu.supports(call)
+    long = spec.Call("temporal", 1, 128, 128, 16, 72, "bfloat16", frozenset(("norm", "rope")))
+    stdit_tpu.supports(long)
+    with spec.target("v5p"), pytest.raises(Unsupported, match="128 frames need 63 MiB"):
+        stdit_tpu.supports(long)
