@@ -69,13 +69,13 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _call(qkv, norm, rope, shown, problem):
-    extras, specs = tpu_temporal.operands(problem, qkv.dtype, norm, rope, shown)
+    extras = tpu_temporal.operands(problem, qkv.dtype, norm, rope, shown)
     run = functools.partial(kernel, problem=problem)
     normed = norm is not None
     return pl.pallas_call(
         lambda qkv_ref, refs, *rest: run(qkv_ref, refs | {"norm": normed}, *rest),
         grid=(qkv.shape[1], -(-problem.positions // problem.block)),
-        in_specs=[problem.of_program(3), specs],
+        in_specs=[problem.of_program(3), tpu_temporal.specs_of(extras)],
         out_specs=problem.of_program(1),
         out_shape=jax.ShapeDtypeStruct((*qkv.shape[:4], problem.heads.channels), qkv.dtype),
         scratch_shapes=problem.scratch(3),

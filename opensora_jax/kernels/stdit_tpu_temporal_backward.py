@@ -29,7 +29,7 @@ BACK = ("cos", "sin_back")  # the rotation's tables on the way back
 def gradients(qkv, norm, rope, shown, d_out, problem):
     """(of qkv, of the norm's weights [2, C] or None)."""
     heads = problem.heads
-    extras, _ = tpu_temporal.operands(problem, qkv.dtype, norm, rope, shown)
+    extras = tpu_temporal.operands(problem, qkv.dtype, norm, rope, shown)
     extras |= tpu_channels.tables_back(heads, norm, rope)
     d_qkv, *d_norm = _call(problem, qkv, extras, d_out, norm is not None)
     if not d_norm:

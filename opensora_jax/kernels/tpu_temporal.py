@@ -113,8 +113,8 @@ class Problem(NamedTuple):
 
 
 def operands(problem, dtype, norm, rope, seen):
-    """What a kernel needs beside its arrays, and where it lies: tables, and codes of the lanes that belong to other heads, of
-    q [rows, 128] and of k [B or 1, rows, 128]. seen: [B, T] or None."""
+    """What a kernel needs beside its arrays: tables, and codes of the lanes that belong to other heads, of q [rows, 128] and
+    of k [B or 1, rows, 128]. seen: [B, T] or None."""
     heads = problem.heads
     position, frame = problem.position_of_row(), problem.frame_of_row()
     lane = np.arange(LANES) % PERIOD
@@ -125,11 +125,11 @@ def operands(problem, dtype, norm, rope, seen):
     hidden = jnp.where(jnp.asarray(bit)[None] & shown[:, :, None], 0.0, FAR)
     extras = tpu_channels.tables(heads, norm, rope, problem.norm_first)
     extras |= {"spread": tpu_channels.spreading(heads, dtype)}
-    extras |= {"q_code": jnp.asarray(bit, dtype), "k_code": hidden.astype(dtype)}
-    return extras, specs_of(extras)
+    return extras | {"q_code": jnp.asarray(bit, dtype), "k_code": hidden.astype(dtype)}
 
 
 def specs_of(extras, **options):
+    """Where they lie: all of each, but of a sample's own codes."""
     whole = lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim, **options)
     specs = {key: whole(x) for key, x in extras.items()}
     if extras["k_code"].shape[0] > 1:
