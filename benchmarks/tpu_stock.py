@@ -48,9 +48,10 @@ class Subject:
         """Options of stdit_attention."""
         if not self.dressed:
             return {}
-        angles = np.repeat(np.outer(np.arange(self.tokens), 1e4 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)), 2, axis=1)
+        from opensora_jax.nn.positions import rope_frequencies, rope_table
+
         weights = {name: np.linspace(0.5, 1.5, HEAD_DIM, dtype="float32") for name in ("q_scale", "k_scale")}
-        return weights | {"rope": (np.cos(angles).astype("float32"), np.sin(angles).astype("float32"))}
+        return weights | {"rope": rope_table(np.arange(self.tokens), rope_frequencies(HEAD_DIM))}
 
 
 SUBJECTS = (Subject(1024, False), Subject(920, True))
@@ -63,6 +64,8 @@ def splash(subject: Subject, forward, backward):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+    from opensora_jax.kernels import xla
+
     sizes = dict(zip(("block_q", "block_kv", "block_kv_compute"), forward))
     sizes |= dict(zip(("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"), backward or forward))
     mask = masks.MultiHeadMask([masks.FullMask((WHOLE, WHOLE))] * HEADS)
@@ -72,21 +75,14 @@ def splash(subject: Subject, forward, backward):
         ids = jnp.asarray(np.arange(WHOLE) >= subject.tokens, jnp.int32)
         run = functools.partial(run, segment_ids=kernel.SegmentIds(ids, ids))
 
-    def dress(x, weight):
-        """[rows, heads, tokens, dim]"""
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * weight
-        pairs = x.reshape(*x.shape[:-1], -1, 2)
-        turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], -1).reshape(x.shape)
-        cos, sin = extras["rope"]
-        return (x * cos + turned * sin).astype("bfloat16")
-
     def attend(qkv):
-        q, k, v = qkv.reshape(ROWS, subject.tokens, 3, HEADS, HEAD_DIM).transpose(2, 0, 3, 1, 4)
-        if subject.dressed:
-            q, k = dress(q, extras["q_scale"]), dress(k, extras["k_scale"])
-        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (q * HEAD_DIM**-0.5, k, v))
-        return jax.vmap(run)(q, k, v)[:, :, : subject.tokens].swapaxes(1, 2).reshape(ROWS, subject.tokens, CHANNELS)
+        q, k, v = (x.reshape(ROWS, subject.tokens, HEADS, HEAD_DIM) for x in jnp.split(qkv, 3, axis=-1))
+        q, k = (
+            xla.prepare(x, extras.get(name), extras.get("rope"), True) for x, name in ((q, "q_scale"), (k, "k_scale"))
+        )
+        whole = lambda x: jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, more), (0, 0)))
+        out = jax.vmap(run)(whole(q * HEAD_DIM**-0.5), whole(k), whole(v))
+        return out[:, :, : subject.tokens].swapaxes(1, 2).reshape(ROWS, subject.tokens, CHANNELS)
 
     return attend
 
