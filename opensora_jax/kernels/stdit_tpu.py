@@ -4,12 +4,15 @@ The kernels read the projected activations [rows, S, 3C] where they lie and writ
 copy around them (tpu_lanes.py says how heads are split), also where a row lies in pieces. Forward: grid (row, block of
 queries); keys and values of a row are prepared once into fast memory, then each block of queries sees all keys in a
 single-pass softmax. Scores are [keys, queries] and outputs [channels, queries], so that sums and divisions run along
-sublanes and the tiles of weights, not a head's few channels, fill the matrix unit. S needs no alignment: rows beyond it
-are hidden keys. The backward pass is in stdit_tpu_backward.py.
+sublanes and the tiles of weights, not a head's few channels, fill the matrix unit. A loop over heads makes the scores of
+some beside the softmax of those before: scores go to memory as they come and are read once, by the next round, from
+where its own are written a moment later. S needs no alignment: rows beyond it are hidden keys. The backward pass is in
+stdit_tpu_backward.py.
 Temporal mode is in stdit_tpu_temporal.py.
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -37,14 +40,18 @@ from opensora_jax.kernels.tpu_rows import (
     own_float,
     preparation,
     reader,
+    row_chunks,
     row_sizes,
-    rows_inside,
     rows_shown,
+    rows_valid,
     whole_row,
 )
 
 PASSES = ("forward", "backward")
 LEAST_QUERIES = 128  # at once; fewer push the keys again and again
+# v6e, v5e, 2026-11-29: the shortest schedules, and few registers spilled, of tiles of 128, 256, 512 and 1,024.
+KEY_TILE, QUERY_TILE = 512, 256
+SCORES = 2 << 20  # in the making, where one head does not have more
 
 
 class Problem(NamedTuple):
@@ -68,6 +75,11 @@ class Problem(NamedTuple):
     @property
     def padded(self) -> int:
         return -(-self.size // LANES) * LANES
+
+    @property
+    def group(self) -> int:
+        """Heads whose scores are in the making at once."""
+        return _group(self.heads.count, self.padded * self.block)
 
     @property
     def scale(self) -> float:
@@ -101,9 +113,16 @@ def most_queries(call: Call) -> tuple[int, int]:
 def _forward_bytes(call: Call, most: int) -> int:
     """Not less than the compiler asks for: 70 MiB where it takes 63 (rows of 3,600, 128 queries, v5p, 2026-11-29)."""
     padded, channels, itemsize, extra = row_sizes(call)
-    kept = 2 * call.heads * LANES * itemsize  # prepared k and v
-    scores = 3 * 4 + itemsize  # of one head, those of the next in the making, and the weights of the one before
-    return padded * (4 * channels * itemsize + kept + extra) + most * (8 * channels * itemsize + scores * padded)
+    heads = Heads(call.heads, call.head_dim)
+    kept = heads.count * (LANES + heads.rows + 8) * itemsize  # prepared k and v
+    queries = (4 * channels + 2 * LANES + heads.count * LANES) * itemsize + 4 * heads.count * (heads.rows + 8)
+    scores = 4 * padded * _group(heads.count, padded * most)
+    return padded * (4 * channels * itemsize + kept + extra) + most * (queries + scores)
+
+
+def _group(heads: int, scores: int) -> int:
+    """The most heads with `scores` each, of which there are several such groups."""
+    return max(n for n in range(1, heads // 2 + 1) if heads % n == 0 and (n == 1 or n * scores <= SCORES))
 
 
 def stdit_attention(
@@ -192,91 +211,104 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, extras, o_ref, *rest, problem):
-    *logs_ref, keys, values, turned = rest
-    heads, dtype = problem.heads, q_ref.dtype
+    *logs_ref, keys, values, queries, scores, turned, logs = rest
+    heads, dtype, group = problem.heads, q_ref.dtype, problem.group
+    key_tiles, query_tiles = tpu_slopes.cuts(problem.padded, KEY_TILE), tpu_slopes.cuts(problem.block, QUERY_TILE)
 
     @pl.when(pl.program_id(1) == 0)
     def _prepare_row():
-        valid = rows_inside(problem.padded, problem.size) if problem.padded != problem.size else None
-        _prepare_keys(problem, k_ref, extras, valid, keys)
-        _prepare_values(problem, v_ref, rows_shown(problem, extras, valid), values)
+        for rows, at in row_chunks(problem, problem.padded):
+            _prepare_keys(problem, k_ref, extras, rows, at, keys)
+            _prepare_values(problem, v_ref, extras, rows, at, values)
 
-    scores, weights, peaks, logs = {}, {}, {}, {}
+    for rows, at in row_chunks(problem, problem.block):
+        _prepare_queries(problem, q_ref, extras, rows, at, queries)
 
-    def start(head):
-        scores[head] = dot(keys[head], _queries(q_ref, problem, extras, head), ROWS_BY_ROWS)
+    def turn(peaks, finished, started):
+        """Finishes a group of heads, by their peaks, and starts another; either may be missing. Gives its peaks."""
+        found = []
+        for i, at_query in itertools.product(range(group), query_tiles):
+            out, peak, old = 0.0, None, None if finished is None else peaks[len(found)]
+            for at_key in key_tiles:
+                if finished is not None:
+                    weights = jnp.exp2(scores[i, at_key, at_query] - old).astype(dtype)
+                    out = out + dot(values[finished + i, :, at_key], weights)
+                if started is not None:
+                    x = dot(keys[started + i, at_key], queries[started + i, at_query], ROWS_BY_ROWS)
+                    scores[i, at_key, at_query] = x
+                    highest = x.max(0, keepdims=True)
+                    peak = highest if peak is None else jnp.maximum(peak, highest)
+            found.append(peak)
+            if finished is not None:
+                total = jnp.maximum(out[heads.rows : heads.rows + 1], TINY)
+                first = pl.multiple_of((finished + i) * heads.rows, 8)
+                turned[pl.ds(first, heads.rows), at_query] = out[: heads.rows] * (1.0 / total)
+                logs[finished + i, :, at_query] = -(old + jnp.log2(total))
+        return found
 
-    def soften(head):
-        x = scores.pop(head)
-        peaks[head] = x.max(0, keepdims=True)
-        weights[head] = jnp.exp2(x - peaks[head]).astype(dtype)
-
-    def finish(head):
-        out = dot(values[head], weights.pop(head))
-        row = heads.dim if heads.sums else heads.spare(head)
-        total = jnp.maximum(out[row : row + 1], TINY)
-        heads.put(turned, head, out * (1.0 / total))
-        logs[head] = -(peaks[head] + jnp.log2(total))
-
-    tpu_slopes.pipeline([(head,) for head in range(heads.count)], start, soften, finish)
-    for tile in range(heads.tiles):
+    last = heads.count - group
+    peaks = turn(None, None, 0)
+    peaks = jax.lax.fori_loop(0, last // group, lambda n, peaks: turn(peaks, n * group, (n + 1) * group), peaks)
+    turn(peaks, last, None)
+    for tile, (rows, at) in itertools.product(range(heads.tiles), row_chunks(problem, problem.block)):
         lanes = slice(tile * LANES, (tile + 1) * LANES)
-        o_ref[..., lanes] = turned[lanes].T.astype(dtype).reshape(*o_ref.shape[:-1], LANES)
+        there = o_ref.at[(*at, lanes)]
+        there[...] = heads.turned_tile(turned, tile, rows).T.astype(dtype).reshape(there.shape)
     if logs_ref:
         for head, mark in enumerate(tpu_channels.marks(heads)):
             turned[mark : mark + 2] = jnp.broadcast_to(logs[head], (2, problem.block))
         logs_ref[0][...] = tpu_channels.split(turned[:LANES].T, dtype).reshape(logs_ref[0].shape)
 
 
-def _prepare_keys(problem, k_ref, extras, valid, keys):
+def _prepare_keys(problem, k_ref, extras, rows, at, keys):
     """[heads, padded, 128], scaled, with the logit of hidden keys in the spare lane."""
-    heads, padded, dtype = problem.heads, problem.padded, keys.dtype
-    read = reader(k_ref, 0, heads)
+    heads, dtype, size = problem.heads, keys.dtype, rows.stop - rows.start
+    read, valid = reader(k_ref, 0, heads, at), rows_valid(problem, rows)
     if "norm" in extras or "rope" in extras:
         for head in range(heads.count):
-            k = own_float(read, heads, head, padded, valid)
-            k = preparation(problem, extras, head, 1, 0, padded, dtype).forward(k) * problem.scale
-            keys[head] = hide_keys(k, head, problem, extras, valid).astype(dtype)
+            k = own_float(read, heads, head, size, valid)
+            k = preparation(problem, extras, head, 1, rows.start, size, dtype).forward(k) * problem.scale
+            keys[head, rows] = hide_keys(k, head, problem, extras, valid, rows).astype(dtype)
         return
-    tiles = [read(tile).astype(jnp.float32) * problem.scale for tile in range(heads.tiles)]
-    tiles = [(x if valid is None else jnp.where(valid, x, 0.0)).astype(dtype) for x in tiles]
+    scaled = functools.cache(
+        lambda tile: _existing(read(tile).astype(jnp.float32) * problem.scale, valid).astype(dtype)
+    )
     for head in range(heads.count):
         # Other heads' lanes meet zeros in q.
-        k = heads.gather(lambda tile: tiles[tile], head)
-        keys[head] = hide_keys(k, head, problem, extras, valid)
+        keys[head, rows] = hide_keys(heads.gather(scaled, head), head, problem, extras, valid, rows)
 
 
-def _prepare_values(problem, v_ref, visible, values):
-    """[heads, dim, padded], and rows of ones whose product is the sum of the weights; zero where hidden."""
+def _prepare_values(problem, v_ref, extras, rows, at, values):
+    """[heads, rows of a head and 8 of ones, padded]: products with the ones are sums of weights; zero where hidden."""
     heads, dtype = problem.heads, values.dtype
-    read = reader(v_ref, 0, heads)
-    shown = lambda x: (x if visible is None else jnp.where(visible, x, 0.0)).T
-    ones = shown(jnp.ones((problem.padded, LANES), jnp.float32))
-    tiles = [shown(read(tile).astype(jnp.float32)) for tile in range(heads.tiles)]
+    read, shown = reader(v_ref, 0, heads, at), rows_shown(problem, extras, rows_valid(problem, rows), rows)
+    turn = functools.cache(lambda tile: _existing(read(tile).astype(jnp.float32), shown).T)
+    ones = _existing(jnp.ones((rows.stop - rows.start, LANES), jnp.float32), shown).T[:8]
     for head in range(heads.count):
-        tile, first, spans = heads.place(head)
-        if heads.sums:
-            parts = [tiles[tile][first:], tiles[tile + 1]] if spans else [tiles[tile][first:]]
-            values[head] = jnp.concatenate([jnp.concatenate(parts, 0)[: heads.dim], ones[: heads.sums]], 0).astype(
-                dtype
-            )
-        else:
-            sublane = jax.lax.broadcasted_iota(jnp.int32, ones.shape, 0)
-            x = jnp.where(sublane >= first, tiles[tile], tiles[tile + 1]) if spans else tiles[tile]
-            values[head] = jnp.where(heads.within(head, sublane), x, ones).astype(dtype)
+        values[head, :, rows] = jnp.concatenate([heads.rows_of(turn, head), ones], 0).astype(dtype)
 
 
-def _queries(q_ref, problem, extras, head):
-    """Prepared queries of a head, with a one where hidden keys have their logit; the scale is in the keys."""
-    heads, rows, dtype = problem.heads, problem.block, q_ref.dtype
-    read, spare = reader(q_ref, 0, heads), heads.spare(head)
+def _prepare_queries(problem, q_ref, extras, rows, at, queries):
+    """[heads, queries, 128] with a one where hidden keys have their logit; the scale is in the keys."""
+    heads, dtype, size = problem.heads, queries.dtype, rows.stop - rows.start
+    read = reader(q_ref, 0, heads, at)
     one = 1.0 if "hidden" in extras or problem.padded != problem.size else 0.0
-    if "norm" not in extras and "rope" not in extras:
-        other = jnp.where(jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1) == spare, one, 0.0).astype(dtype)
-        return jnp.where(heads.own(head, rows), heads.gather(read, head), other)
-    q = own_float(read, heads, head, rows, None)
-    q = preparation(problem, extras, head, 0, pl.program_id(1) * rows, rows, dtype).forward(q)
-    return at_lane(q, spare, one).astype(dtype)
+    lane = jax.lax.broadcasted_iota(jnp.int32, (size, LANES), 1)
+    for head in range(heads.count):
+        spare = heads.spare(head)
+        if "norm" not in extras and "rope" not in extras:
+            other = jnp.where(lane == spare, one, 0.0).astype(dtype)
+            queries[head, rows] = jnp.where(heads.within(head, lane), heads.gather(read, head), other)
+            continue
+        q = own_float(read, heads, head, size, None)
+        first = pl.program_id(1) * problem.block + rows.start
+        q = preparation(problem, extras, head, 0, first, size, dtype).forward(q)
+        queries[head, rows] = at_lane(q, spare, one).astype(dtype)
+
+
+def _existing(x, valid):
+    """Zero elsewhere; valid: rows, or None for all."""
+    return x if valid is None else jnp.where(valid, x, 0.0)
 
 
 def forward_call(name, q, k, v, lanes, extras, problem, logs=False):
@@ -295,8 +327,11 @@ def forward_call(name, q, k, v, lanes, extras, problem, logs=False):
     heads = problem.heads
     scratch = [
         pltpu.VMEM((heads.count, padded, LANES), q.dtype),
-        pltpu.VMEM((heads.count, heads.rows + heads.sums, padded), q.dtype),
-        pltpu.VMEM((channels, block), jnp.float32),
+        pltpu.VMEM((heads.count, heads.rows + 8, padded), q.dtype),
+        pltpu.VMEM((heads.count, block, LANES), q.dtype),
+        pltpu.VMEM((problem.group, padded, block), jnp.float32),
+        pltpu.VMEM((heads.count * heads.rows, block), jnp.float32),
+        pltpu.VMEM((heads.count, 1, block), jnp.float32),
     ]
     widths = [channels, LANES] if logs else [channels]
     found = pl.pallas_call(

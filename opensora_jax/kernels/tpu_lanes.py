@@ -65,11 +65,6 @@ class Heads(NamedTuple):
         """Of a head whose lanes were turned into rows: its own where they are whole sublanes, else all 128."""
         return LANES if self.dim % 8 else self.dim
 
-    @property
-    def sums(self) -> int:
-        """Rows of ones that those lack, for a product to return sums."""
-        return 0 if self.rows == LANES else 8
-
     def take_rows(self, x, head: int):
         """[128, n], a head's tile transposed → its own rows, in any order that put_rows undoes."""
         if self.rows == LANES:
@@ -89,17 +84,29 @@ class Heads(NamedTuple):
         parts = (zeros(first), x, zeros(LANES - self.dim - first))
         return jnp.concatenate([part for part in parts if part.shape[0]], 0)
 
-    def put(self, turned, head: int, x):
-        """Writes a head's own rows of x, as take_rows gives them, to channels [C, n]; heads must come in order."""
+    def rows_of(self, turned, head: int):
+        """A head's rows, in the order of its lanes where they are its own; turned(tile) → [128, n]."""
         tile, first, spans = self.place(head)
         if self.rows != LANES:
-            turned[tile * LANES + first : tile * LANES + first + self.dim] = x[: self.dim]
-            return
-        at = slice(tile * LANES, (tile + 1) * LANES)
-        sublane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
-        turned[at] = jnp.where(sublane >= first, x, turned[at]) if first else x
-        if spans:
-            turned[(tile + 1) * LANES : (tile + 2) * LANES] = x
+            end = first + self.dim - LANES
+            return (
+                jnp.concatenate([turned(tile)[first:], turned(tile + 1)[:end]], 0)
+                if end > 0
+                else turned(tile)[first : first + self.dim]
+            )
+        x = turned(tile)
+        return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) >= first, x, turned(tile + 1)) if spans else x
+
+    def turned_tile(self, ref, tile: int, columns: slice):
+        """[128, n]: a tile's lanes, from the rows of all heads ([heads * rows, ..], each as rows_of gives them)."""
+        if self.rows != LANES:
+            return ref[tile * LANES : (tile + 1) * LANES, columns]
+        found = None
+        for head in range(tile * LANES // self.dim, -(-(tile + 1) * LANES // self.dim)):
+            x, first = ref[head * LANES : (head + 1) * LANES, columns], head * self.dim - tile * LANES
+            lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+            found = x if found is None else jnp.where(lane >= first, x, found)
+        return found
 
     def gather(self, read, head: int):
         """[rows, 128] of the head with its neighbours in the foreign lanes; read(tile) → [rows, 128]."""

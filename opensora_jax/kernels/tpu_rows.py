@@ -7,6 +7,8 @@ from jax.experimental import pallas as pl
 from opensora_jax.kernels.spec import Call
 from opensora_jax.kernels.tpu_lanes import HIDE, LANES, Heads, Preparation, aligned, at_lane, norm_weight
 
+CHUNK = 256  # rows
+
 
 def extra_specs(extras, problem):
     """Norm weights and tables stay put; the key mask moves with the row, over and over again where rows are more."""
@@ -51,6 +53,23 @@ def reader(ref, which, heads: Heads, at=(...,)):
     return lambda tile: ref[(*at, slice((start + tile) * LANES, (start + tile + 1) * LANES))].reshape(-1, LANES)
 
 
+def row_chunks(problem, rows: int):
+    """The rows of a block, some at a time so that they fit the registers: where they are, and where they lie in it."""
+    if problem.pieces == 1:
+        found = (slice(start, min(start + CHUNK, rows)) for start in range(0, rows, CHUNK))
+        return [(at, (0, 0, at)) for at in found]
+    piece, count = problem.piece, max(1, CHUNK // problem.piece)
+    pieces = (slice(start, min(start + count, rows // piece)) for start in range(0, rows // piece, count))
+    return [(slice(at.start * piece, at.stop * piece), (at, 0, slice(None))) for at in pieces]
+
+
+def rows_valid(problem, rows: slice):
+    """[n, 128] bool: tokens that exist, or None where all do."""
+    if rows.stop <= problem.size:
+        return None
+    return rows_inside(rows.stop - rows.start, problem.size, rows.start)
+
+
 def rows_inside(rows: int, size, first=0):
     """[rows, 128] bool: rows that exist."""
     return first + jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 0) < size
@@ -62,17 +81,17 @@ def own_float(read, heads, head, rows, valid):
     return jnp.where(keep, heads.gather(read, head).astype(jnp.float32), 0.0)
 
 
-def hide_keys(k, head, problem, extras, valid):
+def hide_keys(k, head, problem, extras, valid, rows=slice(None)):
     """Prepared keys with the logit of hidden keys in the spare lane."""
     lane = problem.heads.spare(head)
     if "hidden" in extras:
-        k = at_lane(k, lane, extras["hidden"][0].astype(k.dtype))
+        k = at_lane(k, lane, extras["hidden"][0, rows].astype(k.dtype))
     return k if valid is None else at_lane(k, lane, jnp.where(valid, k, jnp.asarray(HIDE, k.dtype)))
 
 
-def rows_shown(problem, extras, valid):
-    """[padded, 128] bool or None: keys that exist and are not hidden."""
+def rows_shown(problem, extras, valid, rows=slice(None)):
+    """[n, 128] bool or None: keys that exist and are not hidden."""
     if "hidden" not in extras:
         return valid
-    shown = extras["hidden"][0] > HIDE / 2
+    shown = extras["hidden"][0, rows] > HIDE / 2
     return shown if valid is None else shown & valid
