@@ -82,11 +82,12 @@ def own_float(read, heads, head, rows, valid):
 
 
 def hide_keys(k, head, problem, extras, valid, rows=slice(None)):
-    """Prepared keys with the logit of hidden keys in the spare lane."""
-    lane = problem.heads.spare(head)
-    if "hidden" in extras:
-        k = at_lane(k, lane, extras["hidden"][0, rows].astype(k.dtype))
-    return k if valid is None else at_lane(k, lane, jnp.where(valid, k, jnp.asarray(HIDE, k.dtype)))
+    """Keys with the logit of hidden ones in the spare lane, where another head's channel may lie."""
+    if valid is None and "hidden" not in extras:
+        return k
+    logit = extras["hidden"][0, rows] if "hidden" in extras else jnp.zeros((), jnp.float32)
+    logit = logit if valid is None else jnp.where(valid, logit, HIDE)
+    return at_lane(k, problem.heads.spare(head), logit.astype(k.dtype))
 
 
 def rows_shown(problem, extras, valid, rows=slice(None)):

@@ -25,7 +25,7 @@ from opensora_jax.kernels.spec import Unsupported
 from opensora_jax.kernels.stdit import ROW, stdit_attention
 from opensora_jax.kernels.tpu_lanes import Heads
 from opensora_jax.parallel import pieces
-from tests.kernels.cases import BY_NAME, CASES
+from tests.kernels.cases import BY_NAME, CASES, Case
 from tests.kernels.compare import FORWARD, GRADIENT, both, check, relative
 from tests.kernels.reference import attention64, gradients64
 
@@ -53,6 +53,14 @@ def test_fused_rows_match_float64(name, dtype):
         assert stdit_tpu.takes_pieces(call_of(case), 4)
         run = functools.partial(through_pieces, run)
     check(case, dtype, run)
+
+
+@pytest.mark.parametrize("kind, keys, window", [("spatial", 72, False), ("spatial", 72, True), ("attention", 40, False)])
+def test_rows_of_no_whole_tiles_do_not_meet_their_neighbours(kind, keys, window):
+    """Without a norm, lanes beside a head hold other heads' channels, and one of them hides what is no key."""
+    case = Case("", kind, 2, 3 if kind == "spatial" else 48, keys, heads=4, head_dim=96, window=window)
+    run = stdit_attention if case.fused else attention
+    check(case, "float32", functools.partial(run, implementation="pallas_tpu"))
 
 
 @pytest.mark.parametrize("name, frames", [("v1.1 temporal T=16 360p", 7), ("v1.2 temporal T=15 360p", 11)])
