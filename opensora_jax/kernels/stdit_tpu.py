@@ -29,7 +29,6 @@ from opensora_jax.kernels.tpu_lanes import (
     ROWS_BY_ROWS,
     TINY,
     Heads,
-    at_lane,
     dot,
     norm_rows,
     rotation_tables,
@@ -37,8 +36,6 @@ from opensora_jax.kernels.tpu_lanes import (
 from opensora_jax.kernels.tpu_rows import (
     extra_specs,
     hide_keys,
-    own_float,
-    preparation,
     reader,
     row_chunks,
     row_sizes,
@@ -260,22 +257,36 @@ def _forward_kernel(q_ref, k_ref, v_ref, extras, o_ref, *rest, problem):
         logs_ref[0][...] = tpu_channels.split(turned[:LANES].T, dtype).reshape(logs_ref[0].shape)
 
 
+def _tiles(problem, extras, which, read, first, rows, valid, dtype):
+    """tile → [rows, 128] of q (0) or k (1), normalised, rotated and scaled, as they lie. Only k is scaled."""
+    heads = problem.heads
+    load = lambda tile: _existing(read(tile).astype(jnp.float32), valid)
+    if "weight" not in extras:
+        return read if which == 0 else functools.cache(lambda tile: (load(tile) * problem.scale).astype(dtype))
+    if "spread" in extras:
+        root = tpu_channels.root_mean_squares(heads, load, extras["spread"], dtype)
+
+    @functools.cache
+    def prepared(tile):
+        lanes = slice(tile * LANES, (tile + 1) * LANES)
+        x, weight = load(tile), extras["weight"][which : which + 1, lanes]
+        x = x * weight if problem.norm_first else x
+        if "tables" in extras:
+            cos, sin = (extras["tables"][i, pl.ds(first, rows), lanes].astype(jnp.float32) for i in range(2))
+            x = x * cos + tpu_channels.swap(x) * sin
+        x = x if problem.norm_first else x * weight
+        return (x * root(tile) if "spread" in extras else x).astype(dtype)
+
+    return prepared
+
+
 def _prepare_keys(problem, k_ref, extras, rows, at, keys):
-    """[heads, padded, 128], scaled, with the logit of hidden keys in the spare lane."""
-    heads, dtype, size = problem.heads, keys.dtype, rows.stop - rows.start
+    """[heads, padded, 128], with the logit of hidden keys in the spare lane. Other heads' lanes meet zeros in q."""
+    heads, size = problem.heads, rows.stop - rows.start
     read, valid = reader(k_ref, 0, heads, at), rows_valid(problem, rows)
-    if "norm" in extras or "rope" in extras:
-        for head in range(heads.count):
-            k = own_float(read, heads, head, size, valid)
-            k = preparation(problem, extras, head, 1, rows.start, size, dtype).forward(k) * problem.scale
-            keys[head, rows] = hide_keys(k, head, problem, extras, valid, rows).astype(dtype)
-        return
-    scaled = functools.cache(
-        lambda tile: _existing(read(tile).astype(jnp.float32) * problem.scale, valid).astype(dtype)
-    )
+    tiles = _tiles(problem, extras, 1, read, rows.start, size, valid, keys.dtype)
     for head in range(heads.count):
-        # Other heads' lanes meet zeros in q.
-        keys[head, rows] = hide_keys(heads.gather(scaled, head), head, problem, extras, valid, rows)
+        keys[head, rows] = hide_keys(heads.gather(tiles, head), head, problem, extras, valid, rows)
 
 
 def _prepare_values(problem, v_ref, extras, rows, at, values):
@@ -289,26 +300,33 @@ def _prepare_values(problem, v_ref, extras, rows, at, values):
 
 
 def _prepare_queries(problem, q_ref, extras, rows, at, queries):
-    """[heads, queries, 128] with a one where hidden keys have their logit; the scale is in the keys."""
+    """[heads, queries, 128] with a one where hidden keys have their logit."""
     heads, dtype, size = problem.heads, queries.dtype, rows.stop - rows.start
-    read = reader(q_ref, 0, heads, at)
+    first = pl.multiple_of(pl.program_id(1) * problem.block + rows.start, 16)
+    tiles = _tiles(problem, extras, 0, reader(q_ref, 0, heads, at), first, size, None, dtype)
     one = 1.0 if "hidden" in extras or problem.padded != problem.size else 0.0
     lane = jax.lax.broadcasted_iota(jnp.int32, (size, LANES), 1)
     for head in range(heads.count):
-        spare = heads.spare(head)
-        if "norm" not in extras and "rope" not in extras:
-            other = jnp.where(lane == spare, one, 0.0).astype(dtype)
-            queries[head, rows] = jnp.where(heads.within(head, lane), heads.gather(read, head), other)
-            continue
-        q = own_float(read, heads, head, size, None)
-        first = pl.program_id(1) * problem.block + rows.start
-        q = preparation(problem, extras, head, 0, first, size, dtype).forward(q)
-        queries[head, rows] = at_lane(q, spare, one).astype(dtype)
+        other = jnp.where(lane == heads.spare(head), one, 0.0).astype(dtype)
+        queries[head, rows] = jnp.where(heads.within(head, lane), heads.gather(tiles, head), other)
 
 
 def _existing(x, valid):
     """Zero elsewhere; valid: rows, or None for all."""
     return x if valid is None else jnp.where(valid, x, 0.0)
+
+
+def _whole_channels(problem, extras, dtype):
+    """Weights of the norms, k's with the scale, and the rotation's tables, along the channels."""
+    heads, found = problem.heads, {name: x for name, x in extras.items() if name == "hidden"}
+    if "norm" in extras or "rope" in extras:
+        weight = extras["norm"] if "norm" in extras else jnp.ones((2, heads.channels), jnp.float32)
+        found["weight"] = weight * jnp.asarray([[1.0], [problem.scale]], jnp.float32)
+    if "norm" in extras:
+        found["spread"] = tpu_channels.spreading(heads, dtype)
+    if "rope" in extras:
+        found["tables"] = tpu_channels.rotation(heads, extras["rope"], dtype)
+    return found
 
 
 def forward_call(name, q, k, v, lanes, extras, problem, logs=False):
@@ -325,6 +343,7 @@ def forward_call(name, q, k, v, lanes, extras, problem, logs=False):
         whole_row(problem, padded, channels), lambda row, _: (0, jax.lax.rem(row, k.shape[1]), 0, which)
     )
     heads = problem.heads
+    extras = _whole_channels(problem, extras, q.dtype)
     scratch = [
         pltpu.VMEM((heads.count, padded, LANES), q.dtype),
         pltpu.VMEM((heads.count, heads.rows + 8, padded), q.dtype),

@@ -10,13 +10,15 @@ outside its own lanes, and the odd lane behind it. Two constant matrices of zero
 the marks and spread marks back over the heads on the matrix unit; the odd lane carries what bfloat16 rounds away.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from opensora_jax.kernels.spec import Unsupported
-from opensora_jax.kernels.tpu_lanes import LANES, LOG2E, Heads
+from opensora_jax.kernels.tpu_lanes import LANES, LOG2E, ROWS_BY_ROWS, Heads, dot
 
 
 def marks(heads: Heads) -> list[int]:
@@ -74,6 +76,25 @@ def scales(heads: Heads) -> jax.Array:
 def scales_back(heads: Heads) -> jax.Array:
     """Of their gradients, which kernels give of logits to base e."""
     return scales(heads) / LOG2E
+
+
+def rotation(heads: Heads, table, dtype) -> jax.Array:
+    """(cos, sin) [2, rows, 128] of one head → [2, rows, C] for x and for swapped neighbours."""
+    cos, sin = (jnp.tile(x[:, : heads.dim], (1, heads.count)) for x in table)
+    return jnp.stack([cos, sin * _signs(heads)]).astype(dtype)
+
+
+def root_mean_squares(heads: Heads, tile_of, spread, dtype):
+    """tile → [rows, 128]: 1 / root mean square of the head that each lane belongs to; tile_of(tile): float32."""
+    pairs = [range(start, min(start + 2, heads.tiles)) for start in range(0, heads.tiles, 2)]
+    across = lambda pair: slice(pair[0] * LANES, (pair[-1] + 1) * LANES)
+    sums = 0.0
+    for pair in pairs:
+        squares = jnp.concatenate([jnp.square(tile_of(tile)).astype(dtype) for tile in pair], 1)
+        sums = sums + dot(squares, spread[:, across(pair)], ROWS_BY_ROWS)
+    marked = split(jax.lax.rsqrt(sums * (1.0 / heads.dim) + 1e-6), dtype)
+    of_pair = functools.cache(lambda index: dot(marked, spread[:, across(pairs[index])]))
+    return lambda tile: of_pair(tile // 2)[:, tile % 2 * LANES : (tile % 2 + 1) * LANES]
 
 
 def _weights(scale, heads: Heads, norm):

@@ -12,7 +12,7 @@ CHUNK = 256  # rows
 
 def extra_specs(extras, problem):
     """Norm weights and tables stay put; the key mask moves with the row, over and over again where rows are more."""
-    whole = lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
+    whole = lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim, pipeline_mode=pl.Buffered(1))
     specs = {name: whole(x) for name, x in extras.items()}
     if "hidden" in extras:
         specs["hidden"] = pl.BlockSpec(
