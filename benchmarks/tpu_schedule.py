@@ -95,12 +95,13 @@ def estimate(case, chip: str, backward: bool) -> dict:
     # Of C channels; spatial gradients read the result.
     arrays = (8 if case.kind == "spatial" else 7) if backward else 4
     floor = case.bytes() * arrays / 4 / bandwidth * 1e3
-    kernel = schedule.cycles(1 if backward else steps_per_row(case, chip)) / clock * 1e3
+    steps = 1 if backward else steps_per_row(case, chip)
+    kernel = schedule.cycles(steps) / clock * 1e3
     return {
         "kernel_ms": max(kernel, floor),
         "floor_ms": floor,
-        "spills_of_slots": schedule.spills_of_slots,
-        "spills_of_stores": schedule.spills_of_stores,
+        "spills_of_slots": schedule.spills_of_slots(steps),
+        "spills_of_stores": schedule.spills_of_stores(steps),
         "relayouts": moved,
     }
 

@@ -10,29 +10,49 @@ import glob
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*((?:> ?)*)\{")
 EXIT = re.compile(r"scmp\.ge\.s32\.totalorder \S+ (\d+) /\* loop exit test")
 STORES, SPILLS = 8, 9  # columns of the utilization table
+LONG = 500  # bundles of a region that prepares a row
 OVERLAP = 2  # the grid's loop runs this much longer: it fills and drains the pipeline
+
+
+class Counts(NamedTuple):
+    bundles: float = 0
+    stores: float = 0
+    spills: float = 0  # stores of registers that were too few
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Of one kernel: steps of the grid, bundles of one step with its inner loops times their trips, those of its first
-    conditional region, the share of the machine's store slots that spilled registers take, and of the stores made."""
+    """Of one kernel: steps of the grid, what one step takes, inner loops times their trips, and of that the first long
+    conditional region; a bundle's slots for stores."""
 
     steps: int
-    step: int
-    once: int
-    spills_of_slots: float
-    spills_of_stores: float
+    step: Counts
+    once: Counts
+    slots: int
+
+    def of_a_step(self, steps_per_row: int = 1) -> Counts:
+        """If the conditional region runs once in `steps_per_row` steps."""
+        return Counts(*(x - y * (1 - 1 / steps_per_row) for x, y in zip(self.step, self.once)))
 
     def cycles(self, steps_per_row: int = 1) -> float:
-        """Over the whole grid, if the first conditional region runs once in `steps_per_row` steps."""
-        return self.steps * (self.step - self.once * (1 - 1 / steps_per_row))
+        """Over the whole grid."""
+        return self.steps * self.of_a_step(steps_per_row).bundles
+
+    def spills_of_slots(self, steps_per_row: int = 1) -> float:
+        """The share of the machine's store slots that spilled registers take."""
+        step = self.of_a_step(steps_per_row)
+        return step.spills / (step.bundles * self.slots)
+
+    def spills_of_stores(self, steps_per_row: int = 1) -> float:
+        step = self.of_a_step(steps_per_row)
+        return step.spills / max(step.stores, 1)
 
 
 @dataclass
@@ -40,10 +60,8 @@ class Loop:
     """A loop of the schedule; its own bundles, without those of loops inside."""
 
     around: "Loop | None"
-    bundles: int = 0
+    own: Counts = field(default_factory=Counts)
     trips: int = 1
-    stores: int = 0
-    spills: int = 0
 
     @property
     def times(self) -> int:
@@ -55,35 +73,34 @@ def read_schedule(bundles: str, utilization: str = "") -> Schedule:
     """From the text of *final_bundles.txt and of *final_hlo-static-per-bundle-utilization.txt."""
     cells = [line.split() for line in utilization.splitlines()]
     table = [list(map(int, row)) for row in cells if len(row) == 11 and "".join(row).isdigit()]
-    capacity, rows = (table[0], table[1:]) if table else ([1] * 11, [])
-    loops, open_loops, first_region, position = [], [], 0, 0
+    slots, rows = (table[0][STORES], table[1:]) if table else (1, [])
+    loops, open_loops, position = [], [], 0
+    region, once = Counts(), Counts()  # since the last mark of the grid's loop; the first that is long
     for line in bundles.splitlines():
         match = BUNDLE.match(line)
         if not match:
             continue
         position += 1
         level = match.group(2).count(">")
+        used = Counts(1, *(rows[position - 1][i] for i in (STORES, SPILLS))) if position <= len(rows) else Counts(1)
         if match.group(1) == "LB" and level:
             loops.append(Loop(open_loops[level - 2] if level > 1 else None))
             open_loops[level - 1 :] = [loops[-1]]
-        if match.group(1) == "PF" and level == 1:
-            first_region = first_region or position
+        if match.group(1) in ("LB", "PF") and level == 1:
+            region, once = Counts(), once if once.bundles or region.bundles < LONG else region
         if not 0 < level <= len(open_loops):
             continue
-        loop = open_loops[level - 1]
-        loop.bundles += 1
-        if position <= len(rows):
-            loop.stores += rows[position - 1][STORES]
-            loop.spills += rows[position - 1][SPILLS]
+        region = _sum(region, used)
+        open_loops[level - 1].own = _sum(open_loops[level - 1].own, used)
         exit_test = EXIT.search(line)
         if exit_test:
-            loop.trips = int(exit_test.group(1))
-    step, stores, spills = (
-        sum(getattr(loop, name) * loop.times for loop in loops) for name in ("bundles", "stores", "spills")
-    )
-    steps = max(1, math.prod(loop.trips for loop in loops[:1]) - OVERLAP)
-    once = first_region if first_region > 500 else 0
-    return Schedule(steps, step, once, spills / max(step * capacity[STORES], 1), spills / max(stores, 1))
+            open_loops[level - 1].trips = int(exit_test.group(1))
+    step = functools.reduce(_sum, (Counts(*(x * loop.times for x in loop.own)) for loop in loops), Counts())
+    return Schedule(max(1, math.prod(loop.trips for loop in loops[:1]) - OVERLAP), step, once, slots)
+
+
+def _sum(a: Counts, b: Counts) -> Counts:
+    return Counts(*(x + y for x, y in zip(a, b)))
 
 
 def of_kernel(folder: Path, name: str) -> Schedule:

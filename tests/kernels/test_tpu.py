@@ -55,7 +55,9 @@ def test_fused_rows_match_float64(name, dtype):
     check(case, dtype, run)
 
 
-@pytest.mark.parametrize("kind, keys, window", [("spatial", 72, False), ("spatial", 72, True), ("attention", 40, False)])
+@pytest.mark.parametrize(
+    "kind, keys, window", [("spatial", 72, False), ("spatial", 72, True), ("attention", 40, False)]
+)
 def test_rows_of_no_whole_tiles_do_not_meet_their_neighbours(kind, keys, window):
     """Without a norm, lanes beside a head hold other heads' channels, and one of them hides what is no key."""
     case = Case("", kind, 2, 3 if kind == "spatial" else 48, keys, heads=4, head_dim=96, window=window)

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.tpu_schedule import REPRESENTATIVE, relayouts, steps_per_row
 from opensora_jax.kernels import blocks
 from opensora_jax.plan import hlo
-from opensora_jax.plan.bundles import Schedule, call_seconds, kernel_name, of_kernel, read_schedule
+from opensora_jax.plan.bundles import Counts, Schedule, call_seconds, kernel_name, of_kernel, read_schedule
 from tests.kernels.cases import BY_NAME
 
 TEXT = """\
@@ -31,10 +31,12 @@ USED = "\n".join(f"0 0 0 0 0 0 0 0 {line} 0" for line in ("2 2", "0 0", "1 0", "
 
 def test_bundles_and_trips_are_counted():
     schedule = read_schedule(TEXT, USED)
-    assert (schedule.steps, schedule.step) == (64, 5 + 2 * 8 + 2 * 3)
-    assert schedule.spills_of_slots == 8 / (2 * 27) and schedule.spills_of_stores == 8 / (1 + 16)
+    assert (schedule.steps, schedule.step.bundles) == (64, 5 + 2 * 8 + 2 * 3)
+    assert schedule.spills_of_slots() == 8 / (2 * 27) and schedule.spills_of_stores() == 8 / (1 + 16)
     assert schedule.cycles() == 64 * 27
-    assert Schedule(4, 1000, 600, 0.0, 0.0).cycles(2) == 4 * 700
+    schedule = Schedule(4, Counts(1000, 300, 200), Counts(600, 100, 80), slots=2)
+    assert schedule.cycles(2) == 4 * 700
+    assert schedule.spills_of_slots(2) == 160 / 1400 and schedule.spills_of_stores(2) == 160 / 250
 
 
 @pytest.mark.parametrize("name", ["stdit_spatial.3", "transpose_jvp_stdit_spatial__.1"])
@@ -77,7 +79,7 @@ def test_what_a_row_begins_with_counts_once_a_row(tmp_path):
     (tmp_path / "17-stdit_spatial.1-72-final_hlo-static-per-bundle-utilization.txt").write_text(USED)
     bundles = lambda steps: call_seconds(tmp_path, 1.0, {}, steps)("stdit_spatial.1") / 64
     assert bundles({}) == 603
-    assert bundles({"stdit_spatial": 4}) == 603 - 602 * 3 / 4
+    assert bundles({"stdit_spatial": 4}) == 603 - 601 * 3 / 4
 
 
 def test_blocks_of_a_row_follow_the_kernel():
