@@ -2,7 +2,7 @@
 
 The dump (`LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true"`) holds the instruction bundles of every
 kernel: bundles x trips / clock is a time that no machine is needed for. It sees no stalls on memory, and counts what
-stands behind a condition as if it always ran, except the first such region in kernels that prepare rows.
+stands behind a condition as if it always ran, except in kernels that begin or end rows there.
 """
 
 import functools
@@ -17,7 +17,7 @@ from typing import NamedTuple
 BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*((?:> ?)*)\{")
 EXIT = re.compile(r"scmp\.ge\.s32\.totalorder \S+ (\d+) /\* loop exit test")
 STORES, SPILLS = 8, 9  # columns of the utilization table
-LONG = 500  # bundles of a region that prepares a row
+BRANCH = "sbr.rel (%"
 OVERLAP = 2  # the grid's loop runs this much longer: it fills and drains the pipeline
 
 
@@ -29,8 +29,8 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Of one kernel: steps of the grid, what one step takes, inner loops times their trips, and of that the first long
-    conditional region; a bundle's slots for stores."""
+    """Of one kernel: steps of the grid, what one step takes, inner loops times their trips, and of that what stands behind
+    conditions; a bundle's slots for stores."""
 
     steps: int
     step: Counts
@@ -38,7 +38,7 @@ class Schedule:
     slots: int
 
     def of_a_step(self, steps_per_row: int = 1) -> Counts:
-        """If the conditional region runs once in `steps_per_row` steps."""
+        """If what stands behind conditions runs once in `steps_per_row` steps."""
         return Counts(*(x - y * (1 - 1 / steps_per_row) for x, y in zip(self.step, self.once)))
 
     def cycles(self, steps_per_row: int = 1) -> float:
@@ -75,7 +75,7 @@ def read_schedule(bundles: str, utilization: str = "") -> Schedule:
     table = [list(map(int, row)) for row in cells if len(row) == 11 and "".join(row).isdigit()]
     slots, rows = (table[0][STORES], table[1:]) if table else (1, [])
     loops, open_loops, position = [], [], 0
-    region, once = Counts(), Counts()  # since the last mark of the grid's loop; the first that is long
+    region, once = None, Counts()  # since a branch of the grid's loop; regions inside which there is no other
     for line in bundles.splitlines():
         match = BUNDLE.match(line)
         if not match:
@@ -86,11 +86,14 @@ def read_schedule(bundles: str, utilization: str = "") -> Schedule:
         if match.group(1) == "LB" and level:
             loops.append(Loop(open_loops[level - 2] if level > 1 else None))
             open_loops[level - 1 :] = [loops[-1]]
-        if match.group(1) in ("LB", "PF") and level == 1:
-            region, once = Counts(), once if once.bundles or region.bundles < LONG else region
+        if match.group(1) == "PF" and level == 1 and region:
+            region, once = None, _sum(once, region)
         if not 0 < level <= len(open_loops):
             continue
-        region = _sum(region, used)
+        if BRANCH in line and level == 1:
+            region = Counts()
+        elif region and level == 1:
+            region = _sum(region, used)
         open_loops[level - 1].own = _sum(open_loops[level - 1].own, used)
         exit_test = EXIT.search(line)
         if exit_test:
