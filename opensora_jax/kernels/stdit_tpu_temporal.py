@@ -95,19 +95,19 @@ def kernel(qkv_ref, extras, o_ref, words, turned, scores, *, problem):
 
     def body(first):
         q_code, k_code = extras["q_code"][...], extras["k_code"][0]
-        there = lambda slot, head: scores[(slot * heads.count + head) % len(scores)]
         outs = [[None] * heads.count for _ in range(problem.beside)]
-        peaks, weights = {}, {}
+        started, weights = {}, {}
         # Some heads' products run beside the softmax of those before and the output of the ones before those.
         for starting, between, ending in problem.stages(TOGETHER):
             for slot, head in starting:
                 q = block.operand(first + slot, 0, head, q_code)
                 k = block.operand(first + slot, 1, head, k_code)
                 x = dot(k, q, ROWS_BY_ROWS)
-                there(slot, head)[0] = x
-                peaks[slot, head] = x.max(0, keepdims=True)
+                held = block.hold(scores, slot * heads.count + head, x)
+                started[slot, head] = x.max(0, keepdims=True), held
             for slot, head in between:
-                x = jnp.exp2(there(slot, head)[block.zero] - peaks.pop((slot, head)))
+                peak, held = started.pop((slot, head))
+                x = jnp.exp2(held()[0] - peak)
                 weights[slot, head] = (x * (1.0 / x.sum(0, keepdims=True))).astype(dtype)
             for slot, head in ending:
                 v = block.operand(first + slot, 2, head)

@@ -94,7 +94,6 @@ def kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
     def body(first):
         q_code, k_code = extras["q_code"][...], extras["k_code"][0]
         nothing = jnp.zeros((8, LANES), words.dtype)
-        there = lambda slot, head: products[(slot * heads.count + head) % len(products)]
         found = [[[None] * heads.count for _ in range(3)] for _ in range(problem.beside)]
         started, softened = {}, {}
         # Some heads' products run beside the softmax of those before and the gradients of the ones before those.
@@ -105,13 +104,12 @@ def kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
                 do = block.operand(first + slot, 3, head, nothing)
                 v = block.operand(first + slot, 2, head)  # other heads' lanes meet zeros
                 scores = dot(k, q, ROWS_BY_ROWS)
-                there(slot, head)[0] = scores
-                there(slot, head)[1] = dot(v, do, ROWS_BY_ROWS)
-                started[slot, head] = scores.max(0, keepdims=True), q, k, do
+                held = block.hold(products, slot * heads.count + head, scores, dot(v, do, ROWS_BY_ROWS))
+                started[slot, head] = scores.max(0, keepdims=True), held, q, k, do
             for slot, head in between:
                 # [keys, queries]: sums over keys cross no lanes.
-                peak, *operands = started.pop((slot, head))
-                scores, d_weights = (there(slot, head)[block.zero + i] for i in range(2))
+                peak, held, *operands = started.pop((slot, head))
+                scores, d_weights = held()
                 weights = jnp.exp2(scores - peak)
                 weights = weights * jnp.where(peak > FAR / 2, 1.0 / weights.sum(0, keepdims=True), 0.0)
                 slope = weights * (d_weights - (weights * d_weights).sum(0, keepdims=True))

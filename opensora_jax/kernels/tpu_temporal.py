@@ -88,22 +88,21 @@ class Problem(NamedTuple):
         """(starting, in the middle, ending): each a list of (which of the tiles beside each other, head), so many heads at
         once, but four of long rows, whose scores would fill the fast memory."""
         every = [(slot, head) for slot in range(self.beside) for head in range(self.heads.count)]
-        together = self._together(together)
+        together = together if self.rows <= TILE_ROWS else min(together, 4)
         work = [every[start : start + together] for start in range(0, len(every), together)]
         return zip([*work, [], []], [[], *work, []], [[], [], *work])
-
-    def _together(self, most: int) -> int:
-        return most if self.rows <= TILE_ROWS else min(most, 4)
 
     def scratch(self, arrays: int, products: int, together: int) -> list:
         """Of so many arrays of C channels as words; of q and k of a chunk in float32; and of the products of heads at work."""
         heads, word = self.heads, jnp.float32 if self.itemsize == 4 else jnp.int32
+        # Long rows would fill the fast memory: theirs stay with the compiler.
+        held = min(2 * together, self.beside * heads.count) if self.rows <= TILE_ROWS else 0
         turned = pltpu.VMEM((heads.tiles, max(CHUNK_ROWS, self.block), LANES), jnp.float32)
         product = pltpu.VMEM((products, self.rows, self.rows), jnp.float32)
         return [
             pltpu.VMEM((arrays * heads.tiles, self.padded * self.words, LANES), word),
             [turned, turned],
-            [product] * min(2 * self._together(together), self.beside * heads.count),
+            [product] * held,
         ]
 
     def frame_of_row(self) -> np.ndarray:
@@ -272,6 +271,15 @@ class Block:
         straight, other = (name in self.extras for name in names)
         found = self.times(x, names[0], which, tile, chunk) if straight else x
         return found + self.times(swapped, names[1], which, tile, chunk) if other else found
+
+    def hold(self, there: list, item: int, *values):
+        """Writes them to memory, in turn with other items, and gives the function that reads them, once."""
+        if not there:
+            return lambda: values
+        ref = there[item % len(there)]
+        for i, x in enumerate(values):
+            ref[i] = x
+        return lambda: [ref[self.zero + i] for i in range(len(values))]
 
     def collect(self, tiles_of):
         """Sums over each head as marks; tiles_of(tile): [rows, 128] of what is summed, in the working dtype."""
