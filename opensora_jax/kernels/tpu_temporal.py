@@ -81,8 +81,8 @@ class Problem(NamedTuple):
 
     @property
     def beside(self) -> int:
-        """Tiles in one turn of the loop over them."""
-        return 2 - self.tiles % 2
+        """Tiles in one turn of the loop over them; of two, long rows would spill more than a v5p has room for."""
+        return 1 if self.rows > TILE_ROWS else 2 - self.tiles % 2
 
     def stages(self, together: int):
         """(starting, in the middle, ending): each a list of (which of the tiles beside each other, head), so many heads at
