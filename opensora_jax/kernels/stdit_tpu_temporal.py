@@ -19,6 +19,7 @@ from opensora_jax.kernels.tpu_lanes import COLUMNS_BY_COLUMNS, LANES, ROWS_BY_RO
 from opensora_jax.kernels.tpu_temporal import PERIOD, Block, Problem
 
 MAX_ROW = 128
+TOGETHER = 4  # heads; static schedules of v5e and v6e, 2026-11-29
 
 
 def supports(call: Call) -> None:
@@ -78,7 +79,7 @@ def _call(qkv, norm, rope, shown, problem):
         in_specs=[problem.of_program(3), tpu_temporal.specs_of(extras)],
         out_specs=problem.of_program(1),
         out_shape=jax.ShapeDtypeStruct((*qkv.shape[:4], problem.heads.channels), qkv.dtype),
-        scratch_shapes=problem.scratch(3),
+        scratch_shapes=problem.scratch(3, products=1, together=TOGETHER),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=blocks.vmem()
         ),
@@ -87,47 +88,32 @@ def _call(qkv, norm, rope, shown, problem):
     )(qkv, extras)
 
 
-def kernel(qkv_ref, extras, o_ref, words, gathered, *, problem):
-    """gathered: first q and k of a chunk, then what heads of a tile give out."""
-    heads, rows, dtype = problem.heads, problem.rows, o_ref.dtype
-    tiles = heads.tiles
-    where = tpu_channels.marks(heads)
-    block = Block(problem, extras, words, gathered, dtype)
+def kernel(qkv_ref, extras, o_ref, words, turned, scores, *, problem):
+    heads, dtype = problem.heads, o_ref.dtype
+    block = Block(problem, extras, words, turned, dtype)
     block.prepare([qkv_ref])
 
     def body(first):
-        lane = jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
-        totals = [jnp.ones((rows, LANES), jnp.float32)] * problem.beside
-        scores, weights = {}, {}
-        # One tile's products run beside the softmax of the tile before and the output of the one before that.
-        for starting, between, ending in problem.stages():
+        q_code, k_code = extras["q_code"][...], extras["k_code"][0]
+        outs = [[None] * heads.count for _ in range(problem.beside)]
+        started, weights = {}, {}
+        # Some heads' products run beside the softmax of those before and the output of the ones before those.
+        for starting, between, ending in problem.stages(TOGETHER):
             for slot, head in starting:
-                q = block.operand(first + slot, 0, head, extras["q_code"][...])
-                k = block.operand(first + slot, 1, head, extras["k_code"][0])
-                scores[slot, head] = dot(k, q, ROWS_BY_ROWS)
-            for item in between:
-                x = scores.pop(item)
-                weights[item] = jnp.exp2(x - x.max(0, keepdims=True)).astype(dtype)
+                q = block.operand(first + slot, 0, head, q_code)
+                k = block.operand(first + slot, 1, head, k_code)
+                x = dot(k, q, ROWS_BY_ROWS)
+                held = block.hold(scores, slot * heads.count + head, x)
+                started[slot, head] = x.max(0, keepdims=True), held
+            for slot, head in between:
+                peak, held = started.pop((slot, head))
+                x = jnp.exp2(held()[0] - peak)
+                weights[slot, head] = (x * (1.0 / x.sum(0, keepdims=True))).astype(dtype)
             for slot, head in ending:
-                v = block.operand(first + slot, 2, head, jnp.ones((), dtype))
-                out = dot(weights.pop((slot, head)), v, COLUMNS_BY_COLUMNS)
-                totals[slot] = jnp.where((lane & ~1) == where[head], out, totals[slot])
-                put(gathered, heads, head, out, slot * tiles)
-        for slot in range(problem.beside):
-            # Divided by the sums of the weights, all heads at once; the result takes the place of q.
-            for tile, scale in block.spread(tpu_channels.split(1.0 / totals[slot], dtype)):
-                block.save(tile, first + slot, gathered[slot * tiles + tile, :rows] * scale)
+                v = block.operand(first + slot, 2, head)
+                outs[slot][head] = dot(weights.pop((slot, head)), v, COLUMNS_BY_COLUMNS)
+        for slot, out in enumerate(outs):
+            block.save(0, first + slot, out)  # in the place of q
 
     block.each_tile(body)
-    block.each_chunk(functools.partial(block.give, o_ref, range(tiles)))
-
-
-def put(tiles, heads, head, x, start):
-    """Writes the head's lanes into the tiles from `start`; heads come in order, so only lanes before it are kept."""
-    tile, first, spans = heads.place(head)
-    tile += start
-    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    at = slice(0, x.shape[0])
-    tiles[tile, at] = jnp.where(lane >= first, x, tiles[tile, at]) if first else x
-    if spans:
-        tiles[tile + 1, at] = x
+    block.each_chunk(functools.partial(block.give, o_ref, range(heads.tiles)))

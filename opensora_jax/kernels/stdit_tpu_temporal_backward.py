@@ -18,10 +18,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from opensora_jax.kernels import blocks, tpu_channels, tpu_temporal
-from opensora_jax.kernels.tpu_lanes import COLUMNS_BY_COLUMNS, LANES, ROWS_BY_ROWS, dot
-from opensora_jax.kernels.tpu_temporal import FAR, Block, lanes, pack, unpack
+from opensora_jax.kernels.tpu_lanes import COLUMNS_BY_COLUMNS, LANES, LOG2E, ROWS_BY_ROWS, dot
+from opensora_jax.kernels.tpu_temporal import FAR, Block, lanes, words_of
 
 ARRAYS = 4  # that lie in fast memory as words: q, k, v and the gradient of the result
+TOGETHER = 16  # heads
 SPILLS = 6 << 20
 BACK = ("cos", "sin_back")  # the rotation's tables on the way back
 
@@ -40,9 +41,6 @@ def gradients(qkv, norm, rope, shown, d_out, problem):
 def _call(problem, qkv, extras, d_out, normed):
     channels = problem.heads.channels
     grid = (qkv.shape[1], -(-problem.positions // problem.block))
-    scratch = problem.scratch(ARRAYS)
-    if normed:
-        scratch.append(pltpu.VMEM((2, problem.pack, problem.padded * problem.words, LANES), jnp.float32))
     double = bytes_of(problem, normed, "cos" in extras, buffers=2) <= blocks.vmem()
     moving = {} if double else {"pipeline_mode": pl.Buffered(1)}
     out_specs, out_shape = [problem.of_program(3, **moving)], [jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)]
@@ -60,7 +58,7 @@ def _call(problem, qkv, extras, d_out, normed):
         ],
         out_specs=out_specs,
         out_shape=out_shape,
-        scratch_shapes=scratch,
+        scratch_shapes=_scratch(problem, normed),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=blocks.vmem()
         ),
@@ -75,110 +73,110 @@ def bytes_of(problem, normed: bool, rotated: bool, buffers: int) -> int:
     channels = problem.heads.channels
     moving = 7 * problem.frames * problem.block * channels * problem.itemsize
     tables = 6 * 4 * channels * (problem.frames if rotated else 1)
-    roots = normed * 2 * problem.pack * problem.padded * problem.words * LANES
-    held = roots + sum(math.prod(x.shape) for x in problem.scratch(ARRAYS))
+    shapes = [x.shape for x in jax.tree.leaves(_scratch(problem, normed))]
+    held = sum(math.prod(shape[:-1]) * -(-shape[-1] // LANES) * LANES for shape in shapes)
     return buffers * (moving + tables) + 4 * held + SPILLS
+
+
+def _scratch(problem, normed: bool) -> list:
+    roots = [pltpu.VMEM((2, problem.padded * problem.block, LANES), jnp.float32)]
+    return problem.scratch(ARRAYS, products=2, together=TOGETHER) + normed * roots
 
 
 def kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
     heads, dtype = problem.heads, d_ref.dtype
-    d_norm_ref, words, turned, roots = rest if extras["norm"] else (None, *rest, None)
+    d_norm_ref, words, turned, products, roots = rest if extras["norm"] else (None, *rest, None)
     block = Block(problem, extras, words, turned, dtype)
     block.prepare([qkv_ref, do_ref], roots)
-
-    def start(index, head):
-        """Logits and gradients of the weights, with the operands that they were made of."""
-        q = block.operand(index, 0, head, extras["q_code"][...])
-        k = block.operand(index, 1, head, extras["k_code"][0])
-        do = block.operand(index, 3, head, jnp.zeros((), dtype))
-        v = block.operand(index, 2, head)  # other heads' lanes meet zeros
-        return dot(k, q, ROWS_BY_ROWS), dot(v, do, ROWS_BY_ROWS), q, k, do
-
-    def soften(scores, d_weights, *operands):
-        """Weights and gradients of the logits, [keys, queries]: sums over keys cross no lanes."""
-        peak = scores.max(0, keepdims=True)
-        weights = jnp.exp2(scores - peak)
-        weights = weights * jnp.where(peak > FAR / 2, 1.0 / weights.sum(0, keepdims=True), 0.0)
-        slope = weights * (d_weights - (weights * d_weights).sum(0, keepdims=True))
-        return weights.astype(dtype), slope.astype(dtype), *operands
-
-    def finish(tiles, head, weights, slope, q, k, do):
-        heads.scatter(tiles[0], head, dot(slope, k, COLUMNS_BY_COLUMNS))
-        heads.scatter(tiles[1], head, dot(slope, q))
-        heads.scatter(tiles[2], head, dot(weights, do))
+    scales = heads.dim**-0.5, 1.0 / LOG2E  # of the gradients of q and k
+    plain = d_norm_ref is None and "cos" not in extras
 
     def body(first):
-        tiles = [[[None] * heads.tiles for _ in range(3)] for _ in range(problem.beside)]
+        q_code, k_code = extras["q_code"][...], extras["k_code"][0]
+        nothing = jnp.zeros((8, LANES), words.dtype)
+        found = [[[None] * heads.count for _ in range(3)] for _ in range(problem.beside)]
         started, softened = {}, {}
-        # One tile's products run beside the softmax of the tile before and the gradients of the one before that.
-        for starting, between, ending in problem.stages():
+        # Some heads' products run beside the softmax of those before and the gradients of the ones before those.
+        for starting, between, ending in problem.stages(TOGETHER):
             for slot, head in starting:
-                started[slot, head] = start(first + slot, head)
-            for item in between:
-                softened[item] = soften(*started.pop(item))
+                q = block.operand(first + slot, 0, head, q_code)
+                k = block.operand(first + slot, 1, head, k_code)
+                do = block.operand(first + slot, 3, head, nothing)
+                v = block.operand(first + slot, 2, head)  # other heads' lanes meet zeros
+                scores = dot(k, q, ROWS_BY_ROWS)
+                held = block.hold(products, slot * heads.count + head, scores, dot(v, do, ROWS_BY_ROWS))
+                started[slot, head] = scores.max(0, keepdims=True), held, q, k, do
+            for slot, head in between:
+                # [keys, queries]: sums over keys cross no lanes.
+                peak, held, *operands = started.pop((slot, head))
+                scores, d_weights = held()
+                weights = jnp.exp2(scores - peak)
+                weights = weights * jnp.where(peak > FAR / 2, 1.0 / weights.sum(0, keepdims=True), 0.0)
+                slope = weights * (d_weights - (weights * d_weights).sum(0, keepdims=True))
+                softened[slot, head] = weights.astype(dtype), slope.astype(dtype), *operands
             for slot, head in ending:
-                finish(tiles[slot], head, *softened.pop((slot, head)))
-        for slot, found in enumerate(tiles):
-            for tile, x in enumerate(x for some in found for x in some):
-                block.save(tile, first + slot, x)
+                weights, slope, q, k, do = softened.pop((slot, head))
+                gradients = dot(slope, k, COLUMNS_BY_COLUMNS), dot(slope, q), dot(weights, do)
+                for array, x in enumerate(gradients):
+                    found[slot][array][head] = x * scales[array] if plain and array < 2 else x
+        for slot, arrays in enumerate(found):
+            for array, results in enumerate(arrays):
+                block.save(array, first + slot, results)
 
     block.each_tile(body)
-    block.each_chunk(functools.partial(block.give, d_ref, range(2 * heads.tiles, 3 * heads.tiles)))
+    block.each_chunk(functools.partial(block.give, d_ref, range(0 if plain else 2 * heads.tiles, 3 * heads.tiles)))
     if d_norm_ref is not None:
         d_norm_ref[...] = jnp.zeros_like(d_norm_ref)
-    block.each_chunk(functools.partial(_undo, block, qkv_ref, d_ref, d_norm_ref, roots))
+    if not plain:
+        block.each_chunk(functools.partial(_undo, block, qkv_ref, d_ref, d_norm_ref, roots))
 
 
 def _undo(block, qkv_ref, d_ref, d_norm_ref, roots, chunk):
     """Gradients of q and k as they came. v and the gradient of the result are not needed any more."""
-    problem, tiles, at = block.problem, block.heads.tiles, block.at(chunk)
-    rows = at.size
+    problem, tiles, rows = block.problem, block.heads.tiles, block.rows_at(chunk)
 
-    def put(which, tile, parts):
-        block.write(d_ref, which * tiles + tile, chunk, pack(parts, problem.interpret))
+    def put(which, tile, x):
+        block.write(d_ref, which * tiles + tile, chunk, words_of(x.astype(block.dtype)))
 
     if d_norm_ref is None:
         for which, tile in ((which, tile) for which in range(2) for tile in range(tiles)):
-            parts = block.turn(block.words[which * tiles + tile, at], BACK, which, tile, chunk)
-            put(which, tile, [block.times(part, "weight", which, tile, chunk) for part in parts])
+            x = block.turn(block.values(which, tile, chunk), BACK, which, tile, chunk)
+            put(which, tile, block.times(x, "weight", which, tile, chunk))
         return
 
     def sides(which, tile):
         """u and g; the one that is behind a rotation waits in `turned` since `products`."""
-        waited = block.take_turned(which * tiles + tile, rows)
+        waited = block.turned[which][block.zero + tile, : rows.size]
         if problem.norm_first:
-            return unpack(block.words[(2 + which) * tiles + tile, at]), waited
-        return waited, unpack(block.words[which * tiles + tile, at])
+            return block.values(2 + which, tile, chunk).astype(jnp.float32), waited
+        return waited, block.values(which, tile, chunk).astype(jnp.float32)
 
     def products(which, tile):
-        x, d = block.read(qkv_ref, which * tiles + tile, chunk), block.words[which * tiles + tile, at]
+        block.words[(2 + which) * tiles + tile, block.at(chunk)] = block.read(qkv_ref, which * tiles + tile, chunk)
+        u, g = (block.values(array, tile, chunk) for array in (2 + which, which))
         if problem.norm_first:
-            block.words[(2 + which) * tiles + tile, at] = x
-            u, g = unpack(x), block.turn(d, BACK, which, tile, chunk)
-            block.put_turned(which * tiles + tile, g)
+            g = block.turned[which][tile, : rows.size] = block.turn(g, BACK, which, tile, chunk)
         else:
-            u, g = block.turn(x, ("a", "b"), which, tile, chunk), unpack(d)
-            block.put_turned(which * tiles + tile, u)
-        both = [block.times(b, "weight", which, tile, chunk) * a for a, b in zip(u, g)]
-        return jnp.concatenate(both).astype(block.dtype)
+            u = block.turned[which][tile, : rows.size] = block.turn(u, ("a", "b"), which, tile, chunk)
+        return (block.times(g.astype(jnp.float32), "weight", which, tile, chunk) * u.astype(jnp.float32)).astype(
+            block.dtype
+        )
 
     sums = [block.collect(functools.partial(products, which)) for which in range(2)]
     for which in range(2):
-        root = jnp.concatenate([roots[which, part, at] for part in range(problem.pack)])
+        root = roots[which, rows]
         along = root * root * root * sums[which] * (1.0 / block.heads.dim)
         spreads = (block.spread(tpu_channels.split(x, block.dtype)) for x in (root, along))
         for (tile, root_of), (_, along_of) in zip(*spreads):
-            parts, d_weight = [], 0.0
-            for i, (u, g) in enumerate(zip(*sides(which, tile))):
-                mine = slice(i * rows, (i + 1) * rows)
-                g = g * root_of[mine]
-                d_weight = d_weight + g * u
-                du = block.times(g, "weight", which, tile, chunk) - u * along_of[mine]
-                parts.append(
-                    du if problem.norm_first else block.mix(du, tpu_channels.swap(du), BACK, which, tile, chunk)
-                )
-            put(which, tile, parts)
-            d_norm_ref[0, 0, which, :, lanes(tile)] += _fresh(problem, d_weight, chunk).reshape(-1, 8, LANES).sum(0)
+            u, g = sides(which, tile)
+            g = g * root_of
+            du = block.times(g, "weight", which, tile, chunk) - u * along_of
+            put(
+                which,
+                tile,
+                du if problem.norm_first else block.mix(du, tpu_channels.swap(du), BACK, which, tile, chunk),
+            )
+            d_norm_ref[0, 0, which, :, lanes(tile)] += _fresh(problem, g * u, chunk).reshape(-1, 8, LANES).sum(0)
 
 
 def _fresh(problem, x, chunk):
@@ -186,4 +184,4 @@ def _fresh(problem, x, chunk):
     if isinstance(chunk.repeated, int):
         return x
     row = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
-    return jnp.where(row >= chunk.repeated * problem.words, x, 0.0)
+    return jnp.where(row >= chunk.repeated * problem.block, x, 0.0)

@@ -22,7 +22,6 @@ TILE_ROWS = 128  # of scores, about; static schedules of v5e and v6e prefer it i
 CHUNK_ROWS = 256  # normalised and rotated at once
 PERIOD = 8  # lanes of a position's code: four bits and their complements, so 16 positions a tile
 FAR = -1e9
-HIGH_HALF = np.int32(-65536)
 
 
 class Problem(NamedTuple):
@@ -82,23 +81,28 @@ class Problem(NamedTuple):
 
     @property
     def beside(self) -> int:
-        """Tiles in one turn of the loop over them."""
-        return 2 - self.tiles % 2
+        """Tiles in one turn of the loop over them; of two, long rows would spill more than a v5p has room for."""
+        return 1 if self.rows > TILE_ROWS else 2 - self.tiles % 2
 
-    def stages(self):
-        """(starting, in the middle, ending): each a list of (which of the tiles beside each other, head); all heads of a tile
-        at once, but of long rows, whose scores would fill the fast memory, four."""
+    def stages(self, together: int):
+        """(starting, in the middle, ending): each a list of (which of the tiles beside each other, head), so many heads at
+        once, but four of long rows, whose scores would fill the fast memory."""
         every = [(slot, head) for slot in range(self.beside) for head in range(self.heads.count)]
-        together = self.heads.count if self.rows <= TILE_ROWS else 4
+        together = together if self.rows <= TILE_ROWS else min(together, 4)
         work = [every[start : start + together] for start in range(0, len(every), together)]
         return zip([*work, [], []], [[], *work, []], [[], [], *work])
 
-    def scratch(self, arrays: int) -> list:
-        """Of so many arrays of C channels as words; and of q and k of a chunk in float32."""
+    def scratch(self, arrays: int, products: int, together: int) -> list:
+        """Of so many arrays of C channels as words; of q and k of a chunk in float32; and of the products of heads at work."""
         heads, word = self.heads, jnp.float32 if self.itemsize == 4 else jnp.int32
+        # Long rows would fill the fast memory: theirs stay with the compiler.
+        held = min(2 * together, self.beside * heads.count) if self.rows <= TILE_ROWS else 0
+        turned = pltpu.VMEM((heads.tiles, max(CHUNK_ROWS, self.block), LANES), jnp.float32)
+        product = pltpu.VMEM((products, self.rows, self.rows), jnp.float32)
         return [
             pltpu.VMEM((arrays * heads.tiles, self.padded * self.words, LANES), word),
-            pltpu.VMEM((2 * heads.tiles, max(self.rows, CHUNK_ROWS), LANES), jnp.float32),
+            [turned, turned],
+            [product] * held,
         ]
 
     def frame_of_row(self) -> np.ndarray:
@@ -122,10 +126,20 @@ def operands(problem, dtype, norm, rope, seen):
     shown = jnp.asarray(frame < problem.frames)[None]
     if seen is not None:
         shown = shown & (seen[:, np.minimum(frame, problem.frames - 1)] > 0)
-    hidden = jnp.where(jnp.asarray(bit)[None] & shown[:, :, None], 0.0, FAR)
+    hidden = ~(jnp.asarray(bit)[None] & shown[:, :, None])
     extras = tpu_channels.tables(heads, norm, rope, problem.norm_first)
     extras |= {"spread": tpu_channels.spreading(heads, dtype)}
-    return extras | {"q_code": jnp.asarray(bit, dtype), "k_code": hidden.astype(dtype)}
+    return extras | {"q_code": _words_where(jnp.asarray(bit), 1.0, dtype), "k_code": _words_where(hidden, FAR, dtype)}
+
+
+def _words_where(there, value: float, dtype):
+    """The value or zero, [.., rows, 128], as words: two rows each of bfloat16. By hand, for XLA folds a bitcast of constants
+    wrongly on a CPU (jax 0.10.2, 2026-11-29)."""
+    if dtype == jnp.float32:
+        return jnp.where(there, value, 0.0)
+    bits = int(np.asarray(value, jnp.bfloat16).view(np.uint16))
+    low, high = (jnp.where(there[..., row::2, :], jnp.uint32(bits << 16 * row), jnp.uint32(0)) for row in range(2))
+    return (low | high).astype(jnp.int32)
 
 
 def specs_of(extras, **options):
@@ -149,21 +163,9 @@ def values_of(words, dtype):
     return words if dtype == jnp.float32 else pltpu.bitcast(words, dtype)
 
 
-def unpack(words):
-    """float32 values of each position in a word."""
-    if words.dtype == jnp.float32:
-        return [words]
-    return [jax.lax.bitcast_convert_type(x, jnp.float32) for x in (words << 16, words & HIGH_HALF)]
-
-
-def pack(parts, interpret):
-    """The reverse, rounded."""
-    if len(parts) == 1:
-        return parts[0]
-    if not interpret:
-        return jax.lax.bitcast_convert_type(pltpu.pack_elementwise(parts, packed_dtype=jnp.bfloat16), jnp.int32)
-    low, high = (jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16).astype(jnp.float32), jnp.int32) for x in parts)
-    return jax.lax.shift_right_logical(low, 16) | high
+def eights(words):
+    """[n, 128] as whole registers."""
+    return words.reshape(-1, 8, LANES)
 
 
 class Chunk(NamedTuple):
@@ -182,6 +184,9 @@ class Block:
         self.words, self.turned = words, turned
         tiles = self.heads.tiles
         self.exist = problem.positions - pl.program_id(1) * problem.block  # positions from the first one on
+        # Zero, which the compiler does not know: what is read at it comes from memory, not from a register that was spilled.
+        self.zero = jax.lax.shift_right_logical(pl.program_id(1), 30)
+        self.lane = jax.lax.broadcasted_iota(jnp.int32, (8, LANES), 1)
         self.pairs = [range(start, min(start + 2, tiles)) for start in range(0, tiles, 2)]
 
     def each_chunk(self, body):
@@ -207,6 +212,11 @@ class Block:
         if turns == 1:
             return body(0)
         jax.lax.fori_loop(0, turns, lambda i, _: (body(i * beside), 0)[1], 0)
+
+    def rows_at(self, chunk: Chunk):
+        """The same as single positions."""
+        at = self.at(chunk)
+        return pl.ds(at.start * self.problem.pack, at.size * self.problem.pack)
 
     def at(self, chunk: Chunk):
         """Its rows of words."""
@@ -247,12 +257,14 @@ class Block:
         table = self.extras[name]
         frames = pl.ds(chunk.first, chunk.count) if table.shape[1] > 1 else slice(None)
         table = table[which % table.shape[0], frames, :, lanes(tile)]
-        return (x.reshape(chunk.count, self.problem.words // 8, 8, LANES) * table[:, None]).reshape(x.shape)
+        return (x.reshape(chunk.count, self.problem.block // 8, 8, LANES) * table[:, None]).reshape(x.shape)
 
-    def turn(self, words, names: tuple[str, str], which: int, tile: int, chunk: Chunk):
-        """`mix` of words: a list, one entry a position."""
-        others = unpack(tpu_channels.swap(words)) if names[1] in self.extras else [None] * self.problem.pack
-        return [self.mix(x, other, names, which, tile, chunk) for x, other in zip(unpack(words), others)]
+    def turn(self, x, names: tuple[str, str], which: int, tile: int, chunk: Chunk):
+        """`mix` of what lies as it came."""
+        swapped = None
+        if names[1] in self.extras:
+            swapped = values_of(tpu_channels.swap(words_of(x)), self.dtype).astype(jnp.float32)
+        return self.mix(x.astype(jnp.float32), swapped, names, which, tile, chunk)
 
     def mix(self, x, swapped, names: tuple[str, str], which: int, tile: int, chunk: Chunk):
         """x A + swapped B by two tables; where one is missing, x and nothing."""
@@ -260,13 +272,14 @@ class Block:
         found = self.times(x, names[0], which, tile, chunk) if straight else x
         return found + self.times(swapped, names[1], which, tile, chunk) if other else found
 
-    def put_turned(self, index: int, parts):
-        """Waits in fast memory: the parts of one tile, one behind the other."""
-        for i, part in enumerate(parts):
-            self.turned[index, i * len(part) : (i + 1) * len(part)] = part
-
-    def take_turned(self, index: int, rows: int):
-        return [self.turned[index, start : start + rows] for start in range(0, rows * self.problem.pack, rows)]
+    def hold(self, there: list, item: int, *values):
+        """Writes them to memory, in turn with other items, and gives the function that reads them, once."""
+        if not there:
+            return lambda: values
+        ref = there[item % len(there)]
+        for i, x in enumerate(values):
+            ref[i] = x
+        return lambda: [ref[self.zero + i] for i in range(len(values))]
 
     def collect(self, tiles_of):
         """Sums over each head as marks; tiles_of(tile): [rows, 128] of what is summed, in the working dtype."""
@@ -294,58 +307,76 @@ class Block:
             self.words[tile, used:, :] = jnp.zeros((self.words.shape[1] - used, LANES), self.words.dtype)
 
     def _prepare(self, chunk: Chunk, refs, roots):
-        problem, tiles, at = self.problem, self.heads.tiles, self.at(chunk)
+        tiles, rows = self.heads.tiles, self.rows_at(chunk)
         # First of all into words: bfloat16 blocks arrive in half-filled registers.
         every = [(ref, tile) for ref in refs for tile in range(ref.shape[-1] // LANES)]
         for index, (ref, tile) in enumerate(every):
-            self.words[index, at] = self.read(ref, tile, chunk)
+            self.words[index, self.at(chunk)] = self.read(ref, tile, chunk)
         if not self.extras["norm"]:
-            for index in range(2 * tiles):
-                parts = self.turn(self.words[index, at], ("a", "b"), *divmod(index, tiles), chunk)
-                self.words[index, at] = pack(parts, problem.interpret)
+            for which in range(2 if "b" in self.extras else 1):  # k's scale is one
+                for tile in range(tiles):
+                    self.put(
+                        which, tile, chunk, self.turn(self.values(which, tile, chunk), ("a", "b"), which, tile, chunk)
+                    )
             return
 
         def squares(which, tile):
-            x = self.words[which * tiles + tile, at]
-            parts = self.turn(x, ("a", "b"), which, tile, chunk)
-            self.put_turned(which * tiles + tile, parts)
-            source = parts if "last" in self.extras else unpack(x)
-            return jnp.concatenate([jnp.square(part) for part in source]).astype(self.dtype)
+            x = self.values(which, tile, chunk)
+            turned = self.turn(x, ("a", "b"), which, tile, chunk)
+            self.turned[which][tile, : rows.size] = turned
+            source = turned.astype(self.dtype) if "last" in self.extras else x
+            return source * source
 
         sums = [self.collect(functools.partial(squares, which)) for which in range(2)]
         found = [jax.lax.rsqrt(x * (1.0 / self.heads.dim) + 1e-6) for x in sums]
         for which in range(2):
             if roots is not None:
-                for part in range(problem.pack):
-                    rows = at.size
-                    roots[which, part, at] = found[which][part * rows : (part + 1) * rows]
+                roots[which, rows] = found[which]
             for tile, root in self.spread(tpu_channels.split(found[which], self.dtype)):
-                parts = self.take_turned(which * tiles + tile, at.size)
-                parts = [x * root[i * at.size : (i + 1) * at.size] for i, x in enumerate(parts)]
-                if "last" in self.extras:
-                    parts = [self.times(x, "last", which, tile, chunk) for x in parts]
-                self.words[which * tiles + tile, at] = pack(parts, problem.interpret)
+                x = self.turned[which][self.zero + tile, : rows.size] * root
+                x = self.times(x, "last", which, tile, chunk) if "last" in self.extras else x
+                self.put(which, tile, chunk, x)
+
+    def values(self, which: int, tile: int, chunk: Chunk):
+        return values_of(self.words[which * self.heads.tiles + tile, self.at(chunk)], self.dtype)
+
+    def put(self, which: int, tile: int, chunk: Chunk, x):
+        self.words[which * self.heads.tiles + tile, self.at(chunk)] = words_of(x.astype(self.dtype))
 
     def load(self, tile: int, index):
-        """[rows, 128] of one tile of scores."""
+        """[rows / pack / 8, 8, 128] of one tile of scores, as words."""
         problem = self.problem
         if problem.units == 0:
-            return values_of(self.words[tile], self.dtype)
+            return eights(self.words[tile])
         parts = [self.words.at[tile][self._unit(index, unit), :] for unit in range(problem.units)]
-        return values_of(parts[0] if len(parts) == 1 else jnp.concatenate(parts, 0), self.dtype)
+        return eights(parts[0] if len(parts) == 1 else jnp.concatenate(parts, 0))
 
-    def save(self, tile: int, index, x):
-        problem, x = self.problem, words_of(x.astype(self.dtype))
-        if problem.units == 0:
-            self.words[tile] = x
-        for unit in range(problem.units):
-            self.words.at[tile][self._unit(index, unit), :] = x[unit * problem.padded : (unit + 1) * problem.padded]
+    def save(self, array: int, index, results):
+        """In the place of one of the arrays: what each head gave, [rows, 128] each."""
+        problem, heads = self.problem, self.heads
+        results = [eights(words_of(x.astype(self.dtype))) for x in results]
+        for tile in range(heads.tiles):
+            inside = range(tile * LANES // heads.dim, -(-(tile + 1) * LANES // heads.dim))
+            x = results[inside[0]]
+            for head in inside[1:]:
+                x = jnp.where(self.lane >= head * heads.dim - tile * LANES, results[head], x)
+            x, tile = x.reshape(-1, LANES), array * heads.tiles + tile
+            if problem.units == 0:
+                self.words[tile] = x
+            for unit in range(problem.units):
+                rows = slice(unit * problem.padded, (unit + 1) * problem.padded)
+                self.words.at[tile][self._unit(index, unit), :] = x[rows]
 
     def _unit(self, index, unit: int):
         problem = self.problem
         return pl.ds(index * problem.units + unit, problem.padded, stride=problem.words)
 
     def operand(self, index, which: int, head: int, other=None):
-        """[rows, 128] of a head; `other` in the lanes of other heads, or what lies there."""
-        x = self.heads.gather(lambda tile: self.load(which * self.heads.tiles + tile, index), head)
-        return x if other is None else jnp.where(self.heads.own(head, self.problem.rows), x, other)
+        """[rows, 128] of a head; `other`, as words, in the lanes of other heads, or what lies there."""
+        heads = self.heads
+        tile, first, spans = heads.place(head)
+        tile += which * heads.tiles
+        x = self.load(tile, index)
+        x = jnp.where(self.lane >= first, x, self.load(tile + 1, index)) if spans else x
+        x = x if other is None else jnp.where(heads.within(head, self.lane), x, eights(other))
+        return values_of(x.reshape(-1, LANES), self.dtype)
