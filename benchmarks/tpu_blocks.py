@@ -73,6 +73,7 @@ def compile_one(subject: Subject, sizes: tuple[int, ...], chip: str, folder: Pat
     from jax.sharding import SingleDeviceSharding
 
     from benchmarks.attention import real_cases
+    from opensora_jax import work
     from opensora_jax.kernels import blocks, spec
     from opensora_jax.kernels.attention import attention
     from opensora_jax.kernels.stdit import stdit_attention
@@ -96,9 +97,7 @@ def compile_one(subject: Subject, sizes: tuple[int, ...], chip: str, folder: Pat
         traced = jax.jit(program, in_shardings=SingleDeviceSharding(device)).trace(*operands)
         traced.lower(lowering_platforms=("tpu",)).compile()
     schedule = of_kernel(folder, subject.dumped)
-    steps = 1 if subject.kernel == "flash_tpu" or subject.backward else -(-case.queries // sizes[0])
-    if case.fused:
-        steps = 1 if subject.backward else -(-case.keys // sizes[0])
+    steps = work.count(traced.jaxpr).steps_a_row().get(subject.dumped, 1)
     return max(schedule.cycles(steps) / chips.CHIPS[chip].clock, _streamed(subject, case, sizes, chip)) * 1e3
 
 

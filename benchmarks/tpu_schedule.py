@@ -48,6 +48,7 @@ def compile_case(name: str, chip: str, backward: bool) -> None:
     from jax.sharding import SingleDeviceSharding
 
     from benchmarks.attention import real_cases
+    from opensora_jax import work
     from opensora_jax.kernels import spec
     from opensora_jax.kernels.stdit import stdit_attention
 
@@ -69,7 +70,7 @@ def compile_case(name: str, chip: str, backward: bool) -> None:
         outputs = jax.tree.map(place, jax.eval_shape(run, *shapes))
         traced = jax.jit(run, in_shardings=tuple(map(place, shapes)), out_shardings=outputs).trace(*shapes)
         text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
-    print(json.dumps(relayouts(text)))
+    print(json.dumps({"relayouts": relayouts(text), "steps_a_row": work.count(traced.jaxpr).steps_a_row()}))
 
 
 def relayouts(text: str) -> list[str]:
@@ -89,33 +90,20 @@ def estimate(case, chip: str, backward: bool) -> dict:
         done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True, timeout=1800)
         if done.returncode:
             return {"refused": done.stderr.strip().splitlines()[-1][:200]}
-        schedule = of_kernel(Path(folder), f"stdit_{case.kind}" + "_backward" * backward)
-        moved = json.loads(done.stdout.splitlines()[-1])
+        kernel = f"stdit_{case.kind}" + "_backward" * backward
+        schedule, said = of_kernel(Path(folder), kernel), json.loads(done.stdout.splitlines()[-1])
     clock, bandwidth = chips.CHIPS[chip].clock, chips.CHIPS[chip].bandwidth
     # Of C channels; spatial gradients read the result.
     arrays = (8 if case.kind == "spatial" else 7) if backward else 4
     floor = case.bytes() * arrays / 4 / bandwidth * 1e3
-    steps = 1 if backward else steps_per_row(case, chip)
-    kernel = schedule.cycles(steps) / clock * 1e3
+    steps = said["steps_a_row"].get(kernel, 1)
     return {
-        "kernel_ms": max(kernel, floor),
+        "kernel_ms": max(schedule.cycles(steps) / clock * 1e3, floor),
         "floor_ms": floor,
         "spills_of_slots": schedule.spills_of_slots(steps),
         "spills_of_stores": schedule.spills_of_stores(steps),
-        "relayouts": moved,
+        "relayouts": said["relayouts"],
     }
-
-
-def steps_per_row(case, chip: str) -> int:
-    """Steps of the forward grid that share the keys of one row, prepared with the first of them."""
-    from opensora_jax.kernels import spec, stdit_tpu
-
-    if case.kind == "temporal":
-        return 1
-    call = spec.Call("spatial", case.batch, case.keys, case.keys, case.heads, case.head_dim, "bfloat16")
-    with spec.target(chip):
-        queries, _ = stdit_tpu.most_queries(call)
-    return -(-case.keys // stdit_tpu.even_blocks(case.keys, queries))
 
 
 def report(arguments) -> int:

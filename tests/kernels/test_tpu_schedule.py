@@ -1,17 +1,20 @@
 """The static estimate: reading a schedule, and (where libtpu is installed) compiling ahead of time."""
 
+import functools
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-from benchmarks.tpu_schedule import REPRESENTATIVE, relayouts, steps_per_row
-from opensora_jax.kernels import blocks
+from benchmarks.tpu_schedule import REPRESENTATIVE, relayouts
+from opensora_jax import work
+from opensora_jax.kernels import blocks, spec
+from opensora_jax.kernels.stdit import stdit_attention
 from opensora_jax.plan import hlo
 from opensora_jax.plan.bundles import Counts, Schedule, call_seconds, kernel_name, of_kernel, read_schedule
-from tests.kernels.cases import BY_NAME
 
 TEXT = """\
 LH: loop header
@@ -82,11 +85,17 @@ def test_what_a_row_begins_with_counts_once_a_row(tmp_path):
     assert bundles({"stdit_spatial": 4}) == 604 - 600 * 3 / 4
 
 
-def test_blocks_of_a_row_follow_the_kernel():
-    assert steps_per_row(BY_NAME["v1.0 temporal T=16"], "v6e") == 1
-    assert steps_per_row(BY_NAME["v1.0 spatial 64x512"], "v6e") == 2
-    with blocks.trying("stdit_spatial", forward=(1024,)):
-        assert steps_per_row(BY_NAME["v1.0 spatial 64x512"], "v6e") == 1
+def test_steps_of_a_row_follow_the_kernel():
+    def steps(mode):
+        attend = functools.partial(stdit_attention, num_heads=4, mode=mode, implementation="pallas_tpu")
+        with spec.target("v6e"):
+            return work.count(
+                jax.make_jaxpr(lambda x: attend(x))(jax.ShapeDtypeStruct((1, 16, 1024, 1152), "bfloat16"))
+            )
+
+    with blocks.trying("stdit_spatial", forward=(256,)):
+        assert steps("spatial").steps_a_row() == {"stdit_spatial": 4}
+    assert steps("temporal").steps_a_row() == {}
 
 
 def test_relayouts_are_found_inside_fusions():
