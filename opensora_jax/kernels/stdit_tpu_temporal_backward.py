@@ -152,7 +152,7 @@ def _undo(block, qkv_ref, d_ref, d_norm_ref, roots, chunk):
         return waited, block.values(which, tile, chunk).astype(jnp.float32)
 
     def products(which, tile):
-        block.words[(2 + which) * tiles + tile, block.at(chunk)] = block.read(qkv_ref, which * tiles + tile, chunk)
+        block.fetch(qkv_ref, which * tiles + tile, chunk, (2 + which) * tiles + tile)
         u, g = (block.values(array, tile, chunk) for array in (2 + which, which))
         if problem.norm_first:
             g = block.turned[which][tile, : rows.size] = block.turn(g, BACK, which, tile, chunk)

@@ -230,14 +230,24 @@ class Block:
         piece = jax.lax.div(chunk.first, self.problem.piece)
         return piece, 0, pl.ds(chunk.first - piece * self.problem.piece, chunk.count)
 
-    def read(self, ref, tile: int, chunk: Chunk):
-        """As words; zero beyond the last position, where a block may hold anything, even NaN."""
+    def fetch(self, ref, tile: int, chunk: Chunk, to: int):
+        """Into words; zero beyond the last position, where a block may hold anything, even NaN."""
+        problem, words = self.problem, 8 // self.problem.pack
+        # Eight positions at once: bfloat16 blocks arrive in half-filled registers, which cost as much to join as to store.
+        for start in range(0, problem.block, 8):
+            x = ref[(*self.frames_at(chunk), pl.ds(start, 8), lanes(tile))]
+            x = words_of(x.reshape(chunk.count * 8, LANES)).reshape(chunk.count, words, LANES)
+            x = self._existing(x, start // problem.pack)
+            first = pl.multiple_of(chunk.first * problem.words + start // problem.pack, words)
+            for frame in range(chunk.count):
+                self.words[to, pl.ds(first + frame * problem.words, words)] = x[frame]
+
+    def _existing(self, x, first: int):
+        """x [frames, words, 128], from the first word of each frame on: zero beyond the last position."""
         problem = self.problem
-        x = ref[(*self.frames_at(chunk), slice(None), lanes(tile))]
-        x = words_of(x.reshape(chunk.count * problem.block, LANES))
         if problem.positions % problem.block == 0:
             return x
-        word = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) & problem.words - 1
+        word = jax.lax.broadcasted_iota(jnp.int32, x.shape[1:], 0) + first
         whole, part = (word < jax.lax.div(self.exist + more, problem.pack) for more in (0, problem.pack - 1))
         if problem.pack == 1:
             return jnp.where(whole, x, 0.0)
@@ -308,10 +318,9 @@ class Block:
 
     def _prepare(self, chunk: Chunk, refs, roots):
         tiles, rows = self.heads.tiles, self.rows_at(chunk)
-        # First of all into words: bfloat16 blocks arrive in half-filled registers.
         every = [(ref, tile) for ref in refs for tile in range(ref.shape[-1] // LANES)]
         for index, (ref, tile) in enumerate(every):
-            self.words[index, self.at(chunk)] = self.read(ref, tile, chunk)
+            self.fetch(ref, tile, chunk, index)
         if not self.extras["norm"]:
             for which in range(2 if "b" in self.extras else 1):  # k's scale is one
                 for tile in range(tiles):
