@@ -15,13 +15,14 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from opensora_jax.kernels import tpu_channels
+from opensora_jax.kernels import spec, tpu_channels
 from opensora_jax.kernels.tpu_lanes import LANES, ROWS_BY_ROWS, Heads, dot
 
 TILE_ROWS = 128  # of scores, about; static schedules of v5e and v6e prefer it in both passes (2026-11-29)
 CHUNK_ROWS = 256  # normalised and rotated at once
 PERIOD = 8  # lanes of a position's code: four bits and their complements, so 16 positions a tile
 FAR = -1e9
+JOIN_IN_MEMORY = ("v4", "v5e", "v5p")  # chips that join two half registers by two stores and a load
 
 
 class Problem(NamedTuple):
@@ -186,6 +187,8 @@ class Block:
         self.exist = problem.positions - pl.program_id(1) * problem.block  # positions from the first one on
         # Zero, which the compiler does not know: what is read at it comes from memory, not from a register that was spilled.
         self.zero = jax.lax.shift_right_logical(pl.program_id(1), 30)
+        # Half-filled registers of bfloat16 stay apart.
+        self.halves = problem.pack > 1 and spec.chip() in JOIN_IN_MEMORY
         self.lane = jax.lax.broadcasted_iota(jnp.int32, (8, LANES), 1)
         self.pairs = [range(start, min(start + 2, tiles)) for start in range(0, tiles, 2)]
 
@@ -232,12 +235,15 @@ class Block:
 
     def fetch(self, ref, tile: int, chunk: Chunk, to: int):
         """Into words; zero beyond the last position, where a block may hold anything, even NaN."""
-        problem, words = self.problem, 8 // self.problem.pack
-        # Eight positions at once: bfloat16 blocks arrive in half-filled registers, which cost as much to join as to store.
-        for start in range(0, problem.block, 8):
-            x = ref[(*self.frames_at(chunk), pl.ds(start, 8), lanes(tile))]
-            x = words_of(x.reshape(chunk.count * 8, LANES)).reshape(chunk.count, words, LANES)
+        problem, step = self.problem, 8 if self.halves else self.problem.block
+        words = step // problem.pack
+        for start in range(0, problem.block, step):
+            x = ref[(*self.frames_at(chunk), pl.ds(start, step), lanes(tile))]
+            x = words_of(x.reshape(chunk.count * step, LANES)).reshape(chunk.count, words, LANES)
             x = self._existing(x, start // problem.pack)
+            if words == problem.words:
+                self.words[to, self.at(chunk)] = x.reshape(-1, LANES)
+                continue
             first = pl.multiple_of(chunk.first * problem.words + start // problem.pack, words)
             for frame in range(chunk.count):
                 self.words[to, pl.ds(first + frame * problem.words, words)] = x[frame]
@@ -350,7 +356,13 @@ class Block:
         return values_of(self.words[which * self.heads.tiles + tile, self.at(chunk)], self.dtype)
 
     def put(self, which: int, tile: int, chunk: Chunk, x):
-        self.words[which * self.heads.tiles + tile, self.at(chunk)] = words_of(x.astype(self.dtype))
+        to = which * self.heads.tiles + tile
+        if not self.halves:
+            self.words[to, self.at(chunk)] = words_of(x.astype(self.dtype))
+            return
+        for first, part in self._parts(x):
+            at = chunk.first * self.problem.words + first
+            self.words[to, pl.ds(pl.multiple_of(at, len(part)), len(part))] = part
 
     def load(self, tile: int, index):
         """[rows / pack / 8, 8, 128] of one tile of scores, as words."""
@@ -363,22 +375,33 @@ class Block:
     def save(self, array: int, index, results):
         """In the place of one of the arrays: what each head gave, [rows, 128] each."""
         problem, heads = self.problem, self.heads
-        results = [eights(words_of(x.astype(self.dtype))) for x in results]
+        results = [eights(x if self.halves else words_of(x.astype(self.dtype))) for x in results]
         for tile in range(heads.tiles):
             inside = range(tile * LANES // heads.dim, -(-(tile + 1) * LANES // heads.dim))
             x = results[inside[0]]
             for head in inside[1:]:
                 x = jnp.where(self.lane >= head * heads.dim - tile * LANES, results[head], x)
             x, tile = x.reshape(-1, LANES), array * heads.tiles + tile
-            if problem.units == 0:
-                self.words[tile] = x
-            for unit in range(problem.units):
-                rows = slice(unit * problem.padded, (unit + 1) * problem.padded)
-                self.words.at[tile][self._unit(index, unit), :] = x[rows]
+            for first, part in self._parts(x):
+                if problem.units == 0:
+                    self.words[tile, first : first + len(part)] = part
+                else:
+                    unit, first = divmod(first, problem.padded)
+                    self.words.at[tile][self._unit(index, unit, first, len(part)), :] = part
 
-    def _unit(self, index, unit: int):
+    def _parts(self, x):
+        """(first word, words) of what is stored at once, of x [rows, 128]: float32 where halves stay apart, else words."""
+        if not self.halves:
+            step = self.problem.padded if self.problem.units else len(x)
+            return [(first, x[first : first + step]) for first in range(0, len(x), step)]
+        pack = self.problem.pack
+        return [(row // pack, words_of(x[row : row + 8].astype(self.dtype))) for row in range(0, len(x), 8)]
+
+    def _unit(self, index, unit: int, first: int = 0, count: int | None = None):
+        """So many frames from the first one on."""
         problem = self.problem
-        return pl.ds(index * problem.units + unit, problem.padded, stride=problem.words)
+        start = index * problem.units + unit + first * problem.words
+        return pl.ds(start, count or problem.padded, stride=problem.words)
 
     def operand(self, index, which: int, head: int, other=None):
         """[rows, 128] of a head; `other`, as words, in the lanes of other heads, or what lies there."""
