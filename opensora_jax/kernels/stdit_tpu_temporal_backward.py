@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from opensora_jax.kernels import blocks, tpu_channels, tpu_temporal
 from opensora_jax.kernels.tpu_lanes import COLUMNS_BY_COLUMNS, LANES, LOG2E, ROWS_BY_ROWS, dot
-from opensora_jax.kernels.tpu_temporal import FAR, Block, lanes, words_of
+from opensora_jax.kernels.tpu_temporal import FAR, Block, lanes, values_of, words_of
 
 ARRAYS = 4  # that lie in fast memory as words: q, k, v and the gradient of the result
 TOGETHER = 16  # heads
@@ -79,13 +79,21 @@ def bytes_of(problem, normed: bool, rotated: bool, buffers: int) -> int:
 
 
 def _scratch(problem, normed: bool) -> list:
+    rows, words = problem.rows, problem.rows // problem.pack
     roots = [pltpu.VMEM((2, problem.padded * problem.block, LANES), jnp.float32)]
-    return problem.scratch(ARRAYS, products=2, together=TOGETHER) + normed * roots
+    held = functools.partial(problem.held, TOGETHER)
+    return [
+        *problem.scratch(ARRAYS),
+        held(3, words, LANES, dtype=problem.word),  # q, k and the gradient of the result
+        held(2, rows, rows, dtype=jnp.float32),  # scores and gradients of the weights
+        held(2, words, rows, dtype=problem.word),  # weights and gradients of the scores
+        *normed * roots,
+    ]
 
 
 def kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
     heads, dtype = problem.heads, d_ref.dtype
-    d_norm_ref, words, turned, products, roots = rest if extras["norm"] else (None, *rest, None)
+    d_norm_ref, words, turned, sides, products, factors, roots = rest if extras["norm"] else (None, *rest, None)
     block = Block(problem, extras, words, turned, dtype)
     block.prepare([qkv_ref, do_ref], roots)
     scales = heads.dim**-0.5, 1.0 / LOG2E  # of the gradients of q and k
@@ -103,19 +111,25 @@ def kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
                 k = block.operand(first + slot, 1, head, k_code)
                 do = block.operand(first + slot, 3, head, nothing)
                 v = block.operand(first + slot, 2, head)  # other heads' lanes meet zeros
-                scores = dot(k, q, ROWS_BY_ROWS)
-                held = block.hold(products, slot * heads.count + head, scores, dot(v, do, ROWS_BY_ROWS))
-                started[slot, head] = scores.max(0, keepdims=True), held, q, k, do
+                scores, item = dot(k, q, ROWS_BY_ROWS), slot * heads.count + head
+                held = block.hold(products, item, scores, dot(v, do, ROWS_BY_ROWS))
+                started[slot, head] = (
+                    scores.max(0, keepdims=True),
+                    held,
+                    block.hold(sides, item, *map(words_of, (q, k, do))),
+                )
             for slot, head in between:
-                # [keys, queries]: sums over keys cross no lanes.
-                peak, held, *operands = started.pop((slot, head))
+                # [keys, queries]: sums over keys cross no lanes. Both at once, of what is not divided yet.
+                peak, held, operands = started.pop((slot, head))
                 scores, d_weights = held()
                 weights = jnp.exp2(scores - peak)
-                weights = weights * jnp.where(peak > FAR / 2, 1.0 / weights.sum(0, keepdims=True), 0.0)
-                slope = weights * (d_weights - (weights * d_weights).sum(0, keepdims=True))
-                softened[slot, head] = weights.astype(dtype), slope.astype(dtype), *operands
+                share = jnp.where(peak > FAR / 2, 1.0 / weights.sum(0, keepdims=True), 0.0)
+                mean = share * (weights * d_weights).sum(0, keepdims=True)
+                weights = weights * share
+                results = (words_of(x.astype(dtype)) for x in (weights, weights * (d_weights - mean)))
+                softened[slot, head] = block.hold(factors, slot * heads.count + head, *results), operands
             for slot, head in ending:
-                weights, slope, q, k, do = softened.pop((slot, head))
+                weights, slope, q, k, do = (values_of(x, dtype) for held in softened.pop((slot, head)) for x in held())
                 gradients = dot(slope, k, COLUMNS_BY_COLUMNS), dot(slope, q), dot(weights, do)
                 for array, x in enumerate(gradients):
                     found[slot][array][head] = x * scales[array] if plain and array < 2 else x

@@ -93,18 +93,21 @@ class Problem(NamedTuple):
         work = [every[start : start + together] for start in range(0, len(every), together)]
         return zip([*work, [], []], [[], *work, []], [[], [], *work])
 
-    def scratch(self, arrays: int, products: int, together: int) -> list:
-        """Of so many arrays of C channels as words; of q and k of a chunk in float32; and of the products of heads at work."""
-        heads, word = self.heads, jnp.float32 if self.itemsize == 4 else jnp.int32
-        # Long rows would fill the fast memory: theirs stay with the compiler.
-        held = min(2 * together, self.beside * heads.count) if self.rows <= TILE_ROWS else 0
-        turned = pltpu.VMEM((heads.tiles, max(CHUNK_ROWS, self.block), LANES), jnp.float32)
-        product = pltpu.VMEM((products, self.rows, self.rows), jnp.float32)
-        return [
-            pltpu.VMEM((arrays * heads.tiles, self.padded * self.words, LANES), word),
-            [turned, turned],
-            [product] * held,
-        ]
+    @property
+    def word(self):
+        return jnp.float32 if self.itemsize == 4 else jnp.int32
+
+    def scratch(self, arrays: int) -> list:
+        """Of so many arrays of C channels as words; and of q and k of a chunk in float32."""
+        tiles = self.heads.tiles
+        turned = pltpu.VMEM((tiles, max(CHUNK_ROWS, self.block), LANES), jnp.float32)
+        return [pltpu.VMEM((arrays * tiles, self.padded * self.words, LANES), self.word), [turned, turned]]
+
+    def held(self, together: int, *shape: int, dtype) -> list:
+        """For `Block.hold`: as much for each head at work. Long rows would fill the fast memory: theirs stay with the
+        compiler."""
+        count = min(2 * together, self.beside * self.heads.count) if self.rows <= TILE_ROWS else 0
+        return [pltpu.VMEM(shape, dtype)] * count
 
     def frame_of_row(self) -> np.ndarray:
         row = np.arange(self.rows)
