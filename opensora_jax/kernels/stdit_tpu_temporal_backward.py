@@ -82,11 +82,13 @@ def _scratch(problem, normed: bool) -> list:
     rows, words = problem.rows, problem.rows // problem.pack
     roots = [pltpu.VMEM((2, problem.padded * problem.block, LANES), jnp.float32)]
     held = functools.partial(problem.held, TOGETHER)
+    # What takes more than two turns of the loop over tiles gets slower than with the compiler's spills (v6e, 2026-11-29).
+    few = problem.tiles <= 2 * problem.beside
     return [
         *problem.scratch(ARRAYS),
-        held(3, words, LANES, dtype=problem.word),  # q, k and the gradient of the result
+        held(3, words, LANES, dtype=problem.word) * few,  # q, k and the gradient of the result
         held(2, rows, rows, dtype=jnp.float32),  # scores and gradients of the weights
-        held(2, words, rows, dtype=problem.word),  # weights and gradients of the scores
+        held(2, words, rows, dtype=problem.word) * few,  # weights and gradients of the scores
         *normed * roots,
     ]
 
