@@ -68,8 +68,8 @@ def _call(problem, qkv, extras, d_out, normed):
 
 
 def bytes_of(problem, normed: bool, rotated: bool, buffers: int) -> int:
-    """Of fast memory: not less than the compiler asks for, up to which 120 frames with norm and rotation compile for v5p,
-    and 128 do not (2026-11-29)."""
+    """Of fast memory: not less than the compiler asks for, which for v5p, with norm and rotation, is 48 MiB of 60 frames (55
+    here), 42 of 90 (48) and 51 of 120 (60; 2026-11-29)."""
     channels = problem.heads.channels
     moving = 7 * problem.frames * problem.block * channels * problem.itemsize
     tables = 6 * 4 * channels * (problem.frames if rotated else 1)
