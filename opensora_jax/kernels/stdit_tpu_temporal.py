@@ -79,7 +79,10 @@ def _call(qkv, norm, rope, shown, problem):
         in_specs=[problem.of_program(3), tpu_temporal.specs_of(extras)],
         out_specs=problem.of_program(1),
         out_shape=jax.ShapeDtypeStruct((*qkv.shape[:4], problem.heads.channels), qkv.dtype),
-        scratch_shapes=problem.scratch(3, products=1, together=TOGETHER),
+        scratch_shapes=[
+            *problem.scratch(3),
+            problem.held(TOGETHER, 1, problem.rows, problem.rows, dtype=jnp.float32),
+        ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=blocks.vmem()
         ),

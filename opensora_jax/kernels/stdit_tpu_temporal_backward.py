@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from opensora_jax.kernels import blocks, tpu_channels, tpu_temporal
 from opensora_jax.kernels.tpu_lanes import COLUMNS_BY_COLUMNS, LANES, LOG2E, ROWS_BY_ROWS, dot
-from opensora_jax.kernels.tpu_temporal import FAR, Block, lanes, words_of
+from opensora_jax.kernels.tpu_temporal import FAR, Block, lanes, values_of, words_of
 
 ARRAYS = 4  # that lie in fast memory as words: q, k, v and the gradient of the result
 TOGETHER = 16  # heads
@@ -68,8 +68,8 @@ def _call(problem, qkv, extras, d_out, normed):
 
 
 def bytes_of(problem, normed: bool, rotated: bool, buffers: int) -> int:
-    """Of fast memory: not less than the compiler asks for, up to which 120 frames with norm and rotation compile for v5p,
-    and 128 do not (2026-11-29)."""
+    """Of fast memory: not less than the compiler asks for, which for v5p, with norm and rotation, is 48 MiB of 60 frames (55
+    here), 42 of 90 (48) and 51 of 120 (60; 2026-11-29)."""
     channels = problem.heads.channels
     moving = 7 * problem.frames * problem.block * channels * problem.itemsize
     tables = 6 * 4 * channels * (problem.frames if rotated else 1)
@@ -79,13 +79,23 @@ def bytes_of(problem, normed: bool, rotated: bool, buffers: int) -> int:
 
 
 def _scratch(problem, normed: bool) -> list:
+    rows, words = problem.rows, problem.rows // problem.pack
     roots = [pltpu.VMEM((2, problem.padded * problem.block, LANES), jnp.float32)]
-    return problem.scratch(ARRAYS, products=2, together=TOGETHER) + normed * roots
+    held = functools.partial(problem.held, TOGETHER)
+    # What takes more than two turns of the loop over tiles gets slower than with the compiler's spills (v6e, 2026-11-29).
+    few = problem.tiles <= 2 * problem.beside
+    return [
+        *problem.scratch(ARRAYS),
+        held(3, words, LANES, dtype=problem.word) * few,  # q, k and the gradient of the result
+        held(2, rows, rows, dtype=jnp.float32),  # scores and gradients of the weights
+        held(2, words, rows, dtype=problem.word) * few,  # weights and gradients of the scores
+        *normed * roots,
+    ]
 
 
 def kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
     heads, dtype = problem.heads, d_ref.dtype
-    d_norm_ref, words, turned, products, roots = rest if extras["norm"] else (None, *rest, None)
+    d_norm_ref, words, turned, sides, products, factors, roots = rest if extras["norm"] else (None, *rest, None)
     block = Block(problem, extras, words, turned, dtype)
     block.prepare([qkv_ref, do_ref], roots)
     scales = heads.dim**-0.5, 1.0 / LOG2E  # of the gradients of q and k
@@ -103,19 +113,25 @@ def kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
                 k = block.operand(first + slot, 1, head, k_code)
                 do = block.operand(first + slot, 3, head, nothing)
                 v = block.operand(first + slot, 2, head)  # other heads' lanes meet zeros
-                scores = dot(k, q, ROWS_BY_ROWS)
-                held = block.hold(products, slot * heads.count + head, scores, dot(v, do, ROWS_BY_ROWS))
-                started[slot, head] = scores.max(0, keepdims=True), held, q, k, do
+                scores, item = dot(k, q, ROWS_BY_ROWS), slot * heads.count + head
+                held = block.hold(products, item, scores, dot(v, do, ROWS_BY_ROWS))
+                started[slot, head] = (
+                    scores.max(0, keepdims=True),
+                    held,
+                    block.hold(sides, item, *map(words_of, (q, k, do))),
+                )
             for slot, head in between:
-                # [keys, queries]: sums over keys cross no lanes.
-                peak, held, *operands = started.pop((slot, head))
+                # [keys, queries]: sums over keys cross no lanes. Both at once, of what is not divided yet.
+                peak, held, operands = started.pop((slot, head))
                 scores, d_weights = held()
                 weights = jnp.exp2(scores - peak)
-                weights = weights * jnp.where(peak > FAR / 2, 1.0 / weights.sum(0, keepdims=True), 0.0)
-                slope = weights * (d_weights - (weights * d_weights).sum(0, keepdims=True))
-                softened[slot, head] = weights.astype(dtype), slope.astype(dtype), *operands
+                share = jnp.where(peak > FAR / 2, 1.0 / weights.sum(0, keepdims=True), 0.0)
+                mean = share * (weights * d_weights).sum(0, keepdims=True)
+                weights = weights * share
+                results = (words_of(x.astype(dtype)) for x in (weights, weights * (d_weights - mean)))
+                softened[slot, head] = block.hold(factors, slot * heads.count + head, *results), operands
             for slot, head in ending:
-                weights, slope, q, k, do = softened.pop((slot, head))
+                weights, slope, q, k, do = (values_of(x, dtype) for held in softened.pop((slot, head)) for x in held())
                 gradients = dot(slope, k, COLUMNS_BY_COLUMNS), dot(slope, q), dot(weights, do)
                 for array, x in enumerate(gradients):
                     found[slot][array][head] = x * scales[array] if plain and array < 2 else x
@@ -152,7 +168,7 @@ def _undo(block, qkv_ref, d_ref, d_norm_ref, roots, chunk):
         return waited, block.values(which, tile, chunk).astype(jnp.float32)
 
     def products(which, tile):
-        block.words[(2 + which) * tiles + tile, block.at(chunk)] = block.read(qkv_ref, which * tiles + tile, chunk)
+        block.fetch(qkv_ref, which * tiles + tile, chunk, (2 + which) * tiles + tile)
         u, g = (block.values(array, tile, chunk) for array in (2 + which, which))
         if problem.norm_first:
             g = block.turned[which][tile, : rows.size] = block.turn(g, BACK, which, tile, chunk)

@@ -15,13 +15,14 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from opensora_jax.kernels import tpu_channels
+from opensora_jax.kernels import spec, tpu_channels
 from opensora_jax.kernels.tpu_lanes import LANES, ROWS_BY_ROWS, Heads, dot
 
 TILE_ROWS = 128  # of scores, about; static schedules of v5e and v6e prefer it in both passes (2026-11-29)
 CHUNK_ROWS = 256  # normalised and rotated at once
 PERIOD = 8  # lanes of a position's code: four bits and their complements, so 16 positions a tile
 FAR = -1e9
+JOIN_IN_MEMORY = ("v4", "v5e", "v5p")  # chips that join two half registers by two stores and a load
 
 
 class Problem(NamedTuple):
@@ -92,18 +93,21 @@ class Problem(NamedTuple):
         work = [every[start : start + together] for start in range(0, len(every), together)]
         return zip([*work, [], []], [[], *work, []], [[], [], *work])
 
-    def scratch(self, arrays: int, products: int, together: int) -> list:
-        """Of so many arrays of C channels as words; of q and k of a chunk in float32; and of the products of heads at work."""
-        heads, word = self.heads, jnp.float32 if self.itemsize == 4 else jnp.int32
-        # Long rows would fill the fast memory: theirs stay with the compiler.
-        held = min(2 * together, self.beside * heads.count) if self.rows <= TILE_ROWS else 0
-        turned = pltpu.VMEM((heads.tiles, max(CHUNK_ROWS, self.block), LANES), jnp.float32)
-        product = pltpu.VMEM((products, self.rows, self.rows), jnp.float32)
-        return [
-            pltpu.VMEM((arrays * heads.tiles, self.padded * self.words, LANES), word),
-            [turned, turned],
-            [product] * held,
-        ]
+    @property
+    def word(self):
+        return jnp.float32 if self.itemsize == 4 else jnp.int32
+
+    def scratch(self, arrays: int) -> list:
+        """Of so many arrays of C channels as words; and of q and k of a chunk in float32."""
+        tiles = self.heads.tiles
+        turned = pltpu.VMEM((tiles, max(CHUNK_ROWS, self.block), LANES), jnp.float32)
+        return [pltpu.VMEM((arrays * tiles, self.padded * self.words, LANES), self.word), [turned, turned]]
+
+    def held(self, together: int, *shape: int, dtype) -> list:
+        """For `Block.hold`: as much for each head at work. Long rows would fill the fast memory: theirs stay with the
+        compiler."""
+        count = min(2 * together, self.beside * self.heads.count) if self.rows <= TILE_ROWS else 0
+        return [pltpu.VMEM(shape, dtype)] * count
 
     def frame_of_row(self) -> np.ndarray:
         row = np.arange(self.rows)
@@ -186,6 +190,8 @@ class Block:
         self.exist = problem.positions - pl.program_id(1) * problem.block  # positions from the first one on
         # Zero, which the compiler does not know: what is read at it comes from memory, not from a register that was spilled.
         self.zero = jax.lax.shift_right_logical(pl.program_id(1), 30)
+        # Half-filled registers of bfloat16 stay apart.
+        self.halves = problem.pack > 1 and spec.chip() in JOIN_IN_MEMORY
         self.lane = jax.lax.broadcasted_iota(jnp.int32, (8, LANES), 1)
         self.pairs = [range(start, min(start + 2, tiles)) for start in range(0, tiles, 2)]
 
@@ -230,14 +236,27 @@ class Block:
         piece = jax.lax.div(chunk.first, self.problem.piece)
         return piece, 0, pl.ds(chunk.first - piece * self.problem.piece, chunk.count)
 
-    def read(self, ref, tile: int, chunk: Chunk):
-        """As words; zero beyond the last position, where a block may hold anything, even NaN."""
+    def fetch(self, ref, tile: int, chunk: Chunk, to: int):
+        """Into words; zero beyond the last position, where a block may hold anything, even NaN."""
+        problem, step = self.problem, 8 if self.halves else self.problem.block
+        words = step // problem.pack
+        for start in range(0, problem.block, step):
+            x = ref[(*self.frames_at(chunk), pl.ds(start, step), lanes(tile))]
+            x = words_of(x.reshape(chunk.count * step, LANES)).reshape(chunk.count, words, LANES)
+            x = self._existing(x, start // problem.pack)
+            if words == problem.words:
+                self.words[to, self.at(chunk)] = x.reshape(-1, LANES)
+                continue
+            first = pl.multiple_of(chunk.first * problem.words + start // problem.pack, words)
+            for frame in range(chunk.count):
+                self.words[to, pl.ds(first + frame * problem.words, words)] = x[frame]
+
+    def _existing(self, x, first: int):
+        """x [frames, words, 128], from the first word of each frame on: zero beyond the last position."""
         problem = self.problem
-        x = ref[(*self.frames_at(chunk), slice(None), lanes(tile))]
-        x = words_of(x.reshape(chunk.count * problem.block, LANES))
         if problem.positions % problem.block == 0:
             return x
-        word = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) & problem.words - 1
+        word = jax.lax.broadcasted_iota(jnp.int32, x.shape[1:], 0) + first
         whole, part = (word < jax.lax.div(self.exist + more, problem.pack) for more in (0, problem.pack - 1))
         if problem.pack == 1:
             return jnp.where(whole, x, 0.0)
@@ -308,10 +327,9 @@ class Block:
 
     def _prepare(self, chunk: Chunk, refs, roots):
         tiles, rows = self.heads.tiles, self.rows_at(chunk)
-        # First of all into words: bfloat16 blocks arrive in half-filled registers.
         every = [(ref, tile) for ref in refs for tile in range(ref.shape[-1] // LANES)]
         for index, (ref, tile) in enumerate(every):
-            self.words[index, self.at(chunk)] = self.read(ref, tile, chunk)
+            self.fetch(ref, tile, chunk, index)
         if not self.extras["norm"]:
             for which in range(2 if "b" in self.extras else 1):  # k's scale is one
                 for tile in range(tiles):
@@ -341,7 +359,13 @@ class Block:
         return values_of(self.words[which * self.heads.tiles + tile, self.at(chunk)], self.dtype)
 
     def put(self, which: int, tile: int, chunk: Chunk, x):
-        self.words[which * self.heads.tiles + tile, self.at(chunk)] = words_of(x.astype(self.dtype))
+        to = which * self.heads.tiles + tile
+        if not self.halves:
+            self.words[to, self.at(chunk)] = words_of(x.astype(self.dtype))
+            return
+        for first, part in self._parts(x):
+            at = chunk.first * self.problem.words + first
+            self.words[to, pl.ds(pl.multiple_of(at, len(part)), len(part))] = part
 
     def load(self, tile: int, index):
         """[rows / pack / 8, 8, 128] of one tile of scores, as words."""
@@ -354,22 +378,33 @@ class Block:
     def save(self, array: int, index, results):
         """In the place of one of the arrays: what each head gave, [rows, 128] each."""
         problem, heads = self.problem, self.heads
-        results = [eights(words_of(x.astype(self.dtype))) for x in results]
+        results = [eights(x if self.halves else words_of(x.astype(self.dtype))) for x in results]
         for tile in range(heads.tiles):
             inside = range(tile * LANES // heads.dim, -(-(tile + 1) * LANES // heads.dim))
             x = results[inside[0]]
             for head in inside[1:]:
                 x = jnp.where(self.lane >= head * heads.dim - tile * LANES, results[head], x)
             x, tile = x.reshape(-1, LANES), array * heads.tiles + tile
-            if problem.units == 0:
-                self.words[tile] = x
-            for unit in range(problem.units):
-                rows = slice(unit * problem.padded, (unit + 1) * problem.padded)
-                self.words.at[tile][self._unit(index, unit), :] = x[rows]
+            for first, part in self._parts(x):
+                if problem.units == 0:
+                    self.words[tile, first : first + len(part)] = part
+                else:
+                    unit, first = divmod(first, problem.padded)
+                    self.words.at[tile][self._unit(index, unit, first, len(part)), :] = part
 
-    def _unit(self, index, unit: int):
+    def _parts(self, x):
+        """(first word, words) of what is stored at once, of x [rows, 128]: float32 where halves stay apart, else words."""
+        if not self.halves:
+            step = self.problem.padded if self.problem.units else len(x)
+            return [(first, x[first : first + step]) for first in range(0, len(x), step)]
+        pack = self.problem.pack
+        return [(row // pack, words_of(x[row : row + 8].astype(self.dtype))) for row in range(0, len(x), 8)]
+
+    def _unit(self, index, unit: int, first: int = 0, count: int | None = None):
+        """So many frames from the first one on."""
         problem = self.problem
-        return pl.ds(index * problem.units + unit, problem.padded, stride=problem.words)
+        start = index * problem.units + unit + first * problem.words
+        return pl.ds(start, count or problem.padded, stride=problem.words)
 
     def operand(self, index, which: int, head: int, other=None):
         """[rows, 128] of a head; `other`, as words, in the lanes of other heads, or what lies there."""
