@@ -123,7 +123,7 @@ def test_the_formula_agrees_with_the_tpu_compiler():
     cfg = config.build(RunConfig, config.load("configs/v1_0/stdit.py", ["--config.mesh.fsdp=1"]), "config")
     plan = formula.Traced.of(target.traced(cfg, GPUS, "train")).plan(cfg, GPUS)
     moved = {c.kind: c.moved for c in plan.collectives}
-    assert plan.hardware_flops / 8 == pytest.approx(54.08e12, rel=1e-3)
+    assert plan.hardware_flops / 8 == pytest.approx(53.95e12, rel=1e-3)
     assert moved["all-to-all"] == pytest.approx(2312.1e6, rel=1e-3)
     assert moved["all-gather"] == pytest.approx(2629.4e6, rel=0.1)
     assert moved["reduce-scatter"] == pytest.approx(1328.0e6, rel=0.1)
