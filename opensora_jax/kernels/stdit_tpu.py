@@ -225,6 +225,9 @@ def _forward_kernel(q_ref, k_ref, v_ref, extras, o_ref, *rest, problem):
     for rows, at in row_chunks(problem, problem.block):
         _prepare_queries(problem, q_ref, extras, rows, at, queries)
 
+    # Where the loop takes one turn, the compiler would keep scores in registers and spill them: of this zero it does not know.
+    zero = pl.program_id(1) >> 30 if heads.count == 2 * group else 0
+
     def turn(peaks, finished, started):
         """Finishes a group of heads, by their peaks, and starts another; either may be missing. Gives its peaks."""
         found = []
@@ -232,11 +235,11 @@ def _forward_kernel(q_ref, k_ref, v_ref, extras, o_ref, *rest, problem):
             out, peak, old = 0.0, None, None if finished is None else peaks[len(found)]
             for at_key in key_tiles:
                 if finished is not None:
-                    weights = jnp.exp2(scores[i, at_key, at_query] - old).astype(dtype)
+                    weights = jnp.exp2(scores[i][zero, at_key, at_query] - old).astype(dtype)
                     out = out + dot(values[finished + i, :, at_key], weights)
                 if started is not None:
                     x = dot(keys[started + i, at_key], queries[started + i, at_query], ROWS_BY_ROWS)
-                    scores[i, at_key, at_query] = x
+                    scores[i][0, at_key, at_query] = x
                     highest = x.max(0, keepdims=True)
                     peak = highest if peak is None else jnp.maximum(peak, highest)
             found.append(peak)
@@ -352,7 +355,7 @@ def forward_call(name, q, k, v, lanes, extras, problem, logs=False):
         pltpu.VMEM((heads.count, padded, LANES), q.dtype),
         pltpu.VMEM((heads.count, heads.rows + 8, padded), q.dtype),
         pltpu.VMEM((heads.count, block, LANES), q.dtype),
-        pltpu.VMEM((problem.group, padded, block), jnp.float32),
+        [pltpu.VMEM((1, padded, block), jnp.float32)] * problem.group,
         pltpu.VMEM((heads.count * heads.rows, block), jnp.float32),
         pltpu.VMEM((heads.count, 1, block), jnp.float32),
     ]
