@@ -32,6 +32,7 @@ from opensora_jax.kernels.tpu_lanes import (
     dot,
     norm_rows,
     rotation_tables,
+    unknown_zero,
 )
 from opensora_jax.kernels.tpu_rows import (
     extra_bytes,
@@ -225,8 +226,8 @@ def _forward_kernel(q_ref, k_ref, v_ref, extras, o_ref, *rest, problem):
     for rows, at in row_chunks(problem, problem.block):
         _prepare_queries(problem, q_ref, extras, rows, at, queries)
 
-    # Where the loop takes one turn, the compiler would keep scores in registers and spill them: of this zero it does not know.
-    zero = pl.program_id(1) >> 30 if heads.count == 2 * group else 0
+    # Where the loop takes one turn, the compiler would keep scores in registers and spill them.
+    zero = unknown_zero(1) if heads.count == 2 * group else 0
 
     def turn(peaks, finished, started):
         """Finishes a group of heads, by their peaks, and starts another; either may be missing. Gives its peaks."""
@@ -271,7 +272,7 @@ def _tiles(problem, extras, which, read, first, rows, valid, dtype):
     if "weight" not in extras:
         return read if which == 0 else functools.cache(lambda tile: (load(tile) * problem.scale).astype(dtype))
     if "spread" in extras:
-        root = tpu_channels.root_mean_squares(heads, load, extras["spread"], dtype)
+        root = tpu_channels.reciprocal_roots(heads, load, extras["spread"], dtype)
 
     @functools.cache
     def prepared(tile):

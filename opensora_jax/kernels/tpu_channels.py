@@ -79,21 +79,36 @@ def scales_back(heads: Heads) -> jax.Array:
 
 
 def rotation(heads: Heads, table, dtype) -> jax.Array:
-    """(cos, sin) [2, rows, 128] of one head → [2, rows, C] for x and for swapped neighbours."""
+    """(cos, sin) [2, rows, 128] of one head → [2, rows, C] for x and for swapped neighbours; as exact as the q and k that they
+    turn, for in float32 those of long rows would not fit beside keys and values."""
     cos, sin = (jnp.tile(x[:, : heads.dim], (1, heads.count)) for x in table)
     return jnp.stack([cos, sin * _signs(heads)]).astype(dtype)
 
 
-def root_mean_squares(heads: Heads, tile_of, spread, dtype):
-    """tile → [rows, 128]: 1 / root mean square of the head that each lane belongs to; tile_of(tile): float32."""
-    pairs = [range(start, min(start + 2, heads.tiles)) for start in range(0, heads.tiles, 2)]
-    across = lambda pair: slice(pair[0] * LANES, (pair[-1] + 1) * LANES)
+def pairs(heads: Heads) -> list[range]:
+    """Tiles of lanes, two at a time: what the matrix unit takes at once."""
+    return [range(start, min(start + 2, heads.tiles)) for start in range(0, heads.tiles, 2)]
+
+
+def across(pair: range) -> slice:
+    """Its lanes."""
+    return slice(pair[0] * LANES, (pair[-1] + 1) * LANES)
+
+
+def collect(heads: Heads, spread, tile_of):
+    """Sums over each head as marks; tile_of(tile): [rows, 128] of what is summed, in the working dtype."""
     sums = 0.0
-    for pair in pairs:
-        squares = jnp.concatenate([jnp.square(tile_of(tile)).astype(dtype) for tile in pair], 1)
-        sums = sums + dot(squares, spread[:, across(pair)], ROWS_BY_ROWS)
+    for pair in pairs(heads):
+        x = jnp.concatenate([tile_of(tile) for tile in pair], 1)
+        sums = sums + dot(x, spread[:, across(pair)], ROWS_BY_ROWS)
+    return sums
+
+
+def reciprocal_roots(heads: Heads, tile_of, spread, dtype):
+    """tile → [rows, 128]: 1 / root mean square of the head that each lane belongs to; tile_of(tile): float32."""
+    sums = collect(heads, spread, lambda tile: jnp.square(tile_of(tile)).astype(dtype))
     marked = split(jax.lax.rsqrt(sums * (1.0 / heads.dim) + 1e-6), dtype)
-    of_pair = functools.cache(lambda index: dot(marked, spread[:, across(pairs[index])]))
+    of_pair = functools.cache(lambda index: dot(marked, spread[:, across(pairs(heads)[index])]))
     return lambda tile: of_pair(tile // 2)[:, tile % 2 * LANES : (tile % 2 + 1) * LANES]
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from opensora_jax.kernels.spec import Unsupported
@@ -46,6 +47,10 @@ class Heads(NamedTuple):
         """First tile, first lane in it, does the head continue in the next tile?"""
         tile, lane = divmod(head * self.dim, LANES)
         return tile, lane, lane + self.dim > LANES
+
+    def inside(self, tile: int) -> range:
+        """Heads that have lanes in a tile."""
+        return range(tile * LANES // self.dim, -(-(tile + 1) * LANES // self.dim))
 
     def spare(self, head: int) -> int:
         """A foreign lane."""
@@ -88,12 +93,9 @@ class Heads(NamedTuple):
         """A head's rows, in the order of its lanes where they are its own; turned(tile) → [128, n]."""
         tile, first, spans = self.place(head)
         if self.rows != LANES:
-            end = first + self.dim - LANES
-            return (
-                jnp.concatenate([turned(tile)[first:], turned(tile + 1)[:end]], 0)
-                if end > 0
-                else turned(tile)[first : first + self.dim]
-            )
+            if not spans:
+                return turned(tile)[first : first + self.dim]
+            return jnp.concatenate([turned(tile)[first:], turned(tile + 1)[: first + self.dim - LANES]], 0)
         x = turned(tile)
         return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) >= first, x, turned(tile + 1)) if spans else x
 
@@ -102,7 +104,7 @@ class Heads(NamedTuple):
         if self.rows != LANES:
             return ref[tile * LANES : (tile + 1) * LANES, columns]
         found = None
-        for head in range(tile * LANES // self.dim, -(-(tile + 1) * LANES // self.dim)):
+        for head in self.inside(tile):
             x, first = ref[head * LANES : (head + 1) * LANES, columns], head * self.dim - tile * LANES
             lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
             found = x if found is None else jnp.where(lane >= first, x, found)
@@ -126,6 +128,11 @@ class Heads(NamedTuple):
             tiles[tile + 1] = x
 
 
+def unknown_zero(axis: int):
+    """Zero, which the compiler does not know: what is read at it comes from memory, not from registers that were too few."""
+    return jax.lax.shift_right_logical(pl.program_id(axis), 30)
+
+
 def at_lane(x, lane: int, value):
     """x with one lane set."""
     return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) == lane, value, x)
@@ -144,9 +151,7 @@ COLUMNS_BY_COLUMNS = ((0,), (0,))  # a^T b
 class Preparation(NamedTuple):
     """Of one head's q or k: the norm's weight [1, 128] and the rotation's tables [rows, 128], each or None.
 
-    Neighbouring lanes are swapped by the matrix unit, and with `matrix_sums` it also sums over a head: in temporal mode,
-    where it has time to spare, that is cheaper than lane reductions and rotates, and the sum reaches all lanes without a
-    broadcast (static schedules of v5e and v6e, 2026-11-21). Both in the working dtype.
+    Neighbouring lanes are swapped by the matrix unit, in the working dtype.
     """
 
     weight: jax.Array | None
@@ -155,7 +160,6 @@ class Preparation(NamedTuple):
     norm_first: bool
     dim: int
     dtype: jnp.dtype
-    matrix_sums: bool
 
     def forward(self, x):
         """x: [rows, 128] float32 with zeros in the foreign lanes."""
@@ -184,18 +188,12 @@ class Preparation(NamedTuple):
     def _normalise_backward(self, x, d):
         x, scale = self._normalise(x)
         d_weight, d = d * x, d * self.weight
-        along = self._sum(d * x) * (1.0 / self.dim)
+        along = (d * x).sum(-1, keepdims=True) * (1.0 / self.dim)
         return (d - x * along) * scale, d_weight
 
     def _normalise(self, x):
-        scale = jax.lax.rsqrt(self._sum(x * x) * (1.0 / self.dim) + 1e-6)
+        scale = jax.lax.rsqrt((x * x).sum(-1, keepdims=True) * (1.0 / self.dim) + 1e-6)
         return x * scale, scale
-
-    def _sum(self, x):
-        """Over all lanes; [rows, 1] or the same in all lanes."""
-        if not self.matrix_sums:
-            return x.sum(-1, keepdims=True)
-        return dot(x.astype(self.dtype), jnp.ones((LANES, LANES), self.dtype))
 
     def _turn(self, x):
         """(x0, x1) → (-x1, x0) of each pair of lanes."""

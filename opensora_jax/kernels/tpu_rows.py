@@ -44,7 +44,7 @@ def preparation(problem, extras, head, which, first, rows, dtype):
     if "rope" in extras:
         tables = tuple(aligned(extras["rope"][i, pl.ds(first, rows), :], problem.heads, head) for i in range(2))
     weight = norm_weight(problem.heads, head, which, extras.get("norm"))
-    return Preparation(weight, *tables, problem.norm_first, problem.heads.dim, dtype, matrix_sums=False)
+    return Preparation(weight, *tables, problem.norm_first, problem.heads.dim, dtype)
 
 
 def reader(ref, which, heads: Heads, at=(...,)):

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from opensora_jax.kernels import spec, tpu_channels
-from opensora_jax.kernels.tpu_lanes import LANES, ROWS_BY_ROWS, Heads, dot
+from opensora_jax.kernels.tpu_lanes import LANES, Heads, dot, unknown_zero
 
 TILE_ROWS = 128  # of scores, about; static schedules of v5e and v6e prefer it in both passes (2026-11-29)
 CHUNK_ROWS = 256  # normalised and rotated at once
@@ -186,14 +186,11 @@ class Block:
     def __init__(self, problem: Problem, extras, words, turned, dtype):
         self.problem, self.heads, self.extras, self.dtype = problem, problem.heads, extras, dtype
         self.words, self.turned = words, turned
-        tiles = self.heads.tiles
         self.exist = problem.positions - pl.program_id(1) * problem.block  # positions from the first one on
-        # Zero, which the compiler does not know: what is read at it comes from memory, not from a register that was spilled.
-        self.zero = jax.lax.shift_right_logical(pl.program_id(1), 30)
+        self.zero = unknown_zero(1)
         # Half-filled registers of bfloat16 stay apart.
         self.halves = problem.pack > 1 and spec.chip() in JOIN_IN_MEMORY
         self.lane = jax.lax.broadcasted_iota(jnp.int32, (8, LANES), 1)
-        self.pairs = [range(start, min(start + 2, tiles)) for start in range(0, tiles, 2)]
 
     def each_chunk(self, body):
         """body(chunk) over all frames, never across pieces."""
@@ -300,22 +297,14 @@ class Block:
             ref[i] = x
         return lambda: [ref[self.zero + i] for i in range(len(values))]
 
-    def collect(self, tiles_of):
-        """Sums over each head as marks; tiles_of(tile): [rows, 128] of what is summed, in the working dtype."""
-        sums = 0.0
-        for pair in self.pairs:
-            x = jnp.concatenate([tiles_of(tile) for tile in pair], 1)
-            sums = sums + dot(x, self.extras["spread"][:, self._across(pair)], ROWS_BY_ROWS)
-        return sums
+    def collect(self, tile_of):
+        return tpu_channels.collect(self.heads, self.extras["spread"], tile_of)
 
     def spread(self, marks):
         """(tile, [rows, 128]) of marks over the lanes of their heads."""
-        for pair in self.pairs:
-            found = dot(marks, self.extras["spread"][:, self._across(pair)])
+        for pair in tpu_channels.pairs(self.heads):
+            found = dot(marks, self.extras["spread"][:, tpu_channels.across(pair)])
             yield from ((tile, found[:, lanes(i)]) for i, tile in enumerate(pair))
-
-    def _across(self, pair):
-        return slice(pair[0] * LANES, (pair[-1] + 1) * LANES)
 
     def prepare(self, refs, roots=None):
         """Everything into words; q and k normalised and rotated. roots: keeps 1 / root mean square as float32 marks."""
@@ -380,7 +369,7 @@ class Block:
         problem, heads = self.problem, self.heads
         results = [eights(x if self.halves else words_of(x.astype(self.dtype))) for x in results]
         for tile in range(heads.tiles):
-            inside = range(tile * LANES // heads.dim, -(-(tile + 1) * LANES // heads.dim))
+            inside = heads.inside(tile)
             x = results[inside[0]]
             for head in inside[1:]:
                 x = jnp.where(self.lane >= head * heads.dim - tile * LANES, results[head], x)
