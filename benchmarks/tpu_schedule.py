@@ -26,6 +26,7 @@ from opensora_jax.plan.libtpu import QUIET, dump_to
 
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1"}  # the topology of one
 REPRESENTATIVE = (
+    "v1.0 spatial 16x256",
     "v1.0 spatial 64x512",
     "v1.2 spatial 360p",
     "v1.0 temporal T=16",

@@ -227,7 +227,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, extras, o_ref, *rest, problem):
         _prepare_queries(problem, q_ref, extras, rows, at, queries)
 
     # Where the loop takes one turn, the compiler would keep scores in registers and spill them.
-    zero = unknown_zero(1) if heads.count == 2 * group else 0
+    zero = unknown_zero() if heads.count == 2 * group else 0
 
     def turn(peaks, finished, started):
         """Finishes a group of heads, by their peaks, and starts another; either may be missing. Gives its peaks."""

@@ -128,9 +128,10 @@ class Heads(NamedTuple):
             tiles[tile + 1] = x
 
 
-def unknown_zero(axis: int):
-    """Zero, which the compiler does not know: what is read at it comes from memory, not from registers that were too few."""
-    return jax.lax.shift_right_logical(pl.program_id(axis), 30)
+def unknown_zero():
+    """Zero, which the compiler does not know: what is read at it comes from memory, not from registers that were too few. It
+    does know an index of a grid's axis of one; of two axes one is longer."""
+    return jax.lax.shift_right_logical(pl.program_id(0) + pl.program_id(1), 30)
 
 
 def at_lane(x, lane: int, value):

@@ -119,8 +119,10 @@ ENTRY main {
 @pytest.mark.tpu_aot
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra aot)")
 @pytest.mark.parametrize("name", REPRESENTATIVE)
-def test_compiles_ahead_of_time_without_relayouts(name):
+def test_compiles_ahead_of_time_without_relayouts_and_with_few_spills(name):
     command = [sys.executable, "-m", "benchmarks.tpu_schedule", "--chips", "v6e", "--cases", name]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=1800)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"| {name} | forward | v6e | ")]
-    assert line.endswith("| 0 |"), line
+    *_, of_slots, _, moved = line.removesuffix(" |").split(" | ")
+    assert moved == "0", line
+    assert float(of_slots.rstrip("%")) <= 20, line
