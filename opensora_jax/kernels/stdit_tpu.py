@@ -38,6 +38,7 @@ from opensora_jax.kernels.tpu_rows import (
     extra_bytes,
     extra_specs,
     hide_keys,
+    hides_keys,
     reader,
     row_chunks,
     row_sizes,
@@ -312,7 +313,7 @@ def _prepare_queries(problem, q_ref, extras, rows, at, queries):
     heads, dtype, size = problem.heads, queries.dtype, rows.stop - rows.start
     first = pl.multiple_of(pl.program_id(1) * problem.block + rows.start, 16)
     tiles = _tiles(problem, extras, 0, reader(q_ref, 0, heads, at), first, size, None, dtype)
-    one = 1.0 if "hidden" in extras or problem.padded != problem.size else 0.0
+    one = 1.0 if hides_keys(problem, extras) else 0.0
     lane = jax.lax.broadcasted_iota(jnp.int32, (size, LANES), 1)
     for head in range(heads.count):
         other = jnp.where(lane == heads.spare(head), one, 0.0).astype(dtype)

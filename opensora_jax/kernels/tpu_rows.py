@@ -81,9 +81,15 @@ def own_float(read, heads, head, rows, valid):
     return jnp.where(keep, heads.gather(read, head).astype(jnp.float32), 0.0)
 
 
+def hides_keys(problem, extras) -> bool:
+    """Are there keys that no query sees?"""
+    return "hidden" in extras or problem.padded != problem.size
+
+
 def hide_keys(k, head, problem, extras, valid, rows=slice(None)):
-    """Keys with the logit of hidden ones in the spare lane, where another head's channel may lie."""
-    if valid is None and "hidden" not in extras:
+    """Keys with the logit of hidden ones in the spare lane, where another head's channel may lie: in all rows if in any, for
+    every query has a one there."""
+    if not hides_keys(problem, extras):
         return k
     logit = extras["hidden"][0, rows] if "hidden" in extras else jnp.zeros((), jnp.float32)
     logit = logit if valid is None else jnp.where(valid, logit, HIDE)
