@@ -25,7 +25,7 @@ _tried: ContextVar[tuple] = ContextVar("blocks_tried", default=())  # (kernel, p
 
 def vmem() -> int:
     """Of the TPU that this is traced for."""
-    return VMEM.get(spec.chip(), 100 << 20)
+    return VMEM.get(spec.chip(), 104 << 20)
 
 
 @functools.cache

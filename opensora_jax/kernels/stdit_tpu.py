@@ -35,15 +35,17 @@ from opensora_jax.kernels.tpu_lanes import (
     unknown_zero,
 )
 from opensora_jax.kernels.tpu_rows import (
-    extra_bytes,
+    existing,
     extra_specs,
     hide_keys,
     hides_keys,
+    prepared,
     reader,
     row_chunks,
     row_sizes,
     rows_shown,
     rows_valid,
+    whole_channels,
     whole_row,
 )
 
@@ -52,7 +54,7 @@ LEAST_QUERIES = 128  # at once; fewer push the keys again and again
 # v6e, v5e, 2026-11-29: the shortest schedules, and few registers spilled, of tiles of 128, 256, 512 and 1,024.
 KEY_TILE, QUERY_TILE = 512, 256
 SPILLS = 3 << 20  # bytes
-SCORES = 2 << 20  # in the making, where one head does not have more
+SCORES = 2 << 20  # in the making, of some heads, where one head does not have more
 
 
 class Problem(NamedTuple):
@@ -114,13 +116,12 @@ def most_queries(call: Call) -> tuple[int, int]:
 def _forward_bytes(call: Call, most: int) -> int:
     """Not less than the compiler asks for: 80.5 MiB for rows of 4,096 on v6e, 59.3 for 2,304 with norm and rotation on v5p,
     512 queries at once (2026-11-29)."""
-    padded, channels, itemsize, _ = row_sizes(call)
+    padded, channels, itemsize, extra = row_sizes(call)
     heads = Heads(call.heads, call.head_dim)
     kept = heads.count * (LANES + heads.rows + 8) * itemsize  # prepared k and v
-    extra = 2 * channels * itemsize * ("rope" in call.extras) + extra_bytes(False, "kv_mask" in call.extras)
     queries = (4 * channels + 2 * LANES + heads.count * LANES) * itemsize + 4 * heads.count * (heads.rows + 8)
-    scores = 4 * padded * _group(heads.count, padded * most)
-    return padded * (4 * channels * itemsize + kept + extra) + most * (queries + scores) + SPILLS
+    scores = 4 * max(SCORES, padded * most)  # fewer queries may let more heads in
+    return padded * (4 * channels * itemsize + kept + extra) + most * queries + scores + SPILLS
 
 
 def _group(heads: int, scores: int) -> int:
@@ -206,7 +207,7 @@ def _attend_backward(problem, residuals, d_out):
     d_qkv, *d_norm = stdit_tpu_backward.gradients(qkv, extras, d_out, out, logs, problem)
     d_extras = jax.tree.map(jnp.zeros_like, extras)
     if d_norm:
-        d_extras["norm"] = d_norm[0].sum((0, 2))
+        d_extras["norm"] = d_norm[0]
     return d_qkv, d_extras
 
 
@@ -228,7 +229,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, extras, o_ref, *rest, problem):
         _prepare_queries(problem, q_ref, extras, rows, at, queries)
 
     # Where the loop takes one turn, the compiler would keep scores in registers and spill them.
-    zero = unknown_zero() if heads.count == 2 * group else 0
+    zero = unknown_zero(2) if heads.count == 2 * group else 0
 
     def turn(peaks, finished, started):
         """Finishes a group of heads, by their peaks, and starts another; either may be missing. Gives its peaks."""
@@ -266,34 +267,11 @@ def _forward_kernel(q_ref, k_ref, v_ref, extras, o_ref, *rest, problem):
         logs_ref[0][...] = tpu_channels.split(turned[:LANES].T, dtype).reshape(logs_ref[0].shape)
 
 
-def _tiles(problem, extras, which, read, first, rows, valid, dtype):
-    """tile → [rows, 128] of q (0) or k (1), normalised, rotated and scaled, as they lie. Only k is scaled."""
-    heads = problem.heads
-    load = lambda tile: _existing(read(tile).astype(jnp.float32), valid)
-    if "weight" not in extras:
-        return read if which == 0 else functools.cache(lambda tile: (load(tile) * problem.scale).astype(dtype))
-    if "spread" in extras:
-        root = tpu_channels.reciprocal_roots(heads, load, extras["spread"], dtype)
-
-    @functools.cache
-    def prepared(tile):
-        lanes = slice(tile * LANES, (tile + 1) * LANES)
-        x, weight = load(tile), extras["weight"][which : which + 1, lanes]
-        x = x * weight if problem.norm_first else x
-        if "tables" in extras:
-            cos, sin = (extras["tables"][i, pl.ds(first, rows), lanes].astype(jnp.float32) for i in range(2))
-            x = x * cos + tpu_channels.swap(x) * sin
-        x = x if problem.norm_first else x * weight
-        return (x * root(tile) if "spread" in extras else x).astype(dtype)
-
-    return prepared
-
-
 def _prepare_keys(problem, k_ref, extras, rows, at, keys):
     """[heads, padded, 128], with the logit of hidden keys in the spare lane. Other heads' lanes meet zeros in q."""
-    heads, size = problem.heads, rows.stop - rows.start
+    heads = problem.heads
     read, valid = reader(k_ref, 0, heads, at), rows_valid(problem, rows)
-    tiles = _tiles(problem, extras, 1, read, rows.start, size, valid, keys.dtype)
+    tiles = prepared(problem, extras, 1, read, rows, valid, keys.dtype, "spread" in extras)
     for head in range(heads.count):
         keys[head, rows] = hide_keys(heads.gather(tiles, head), head, problem, extras, valid, rows)
 
@@ -302,8 +280,8 @@ def _prepare_values(problem, v_ref, extras, rows, at, values):
     """[heads, rows of a head and 8 of ones, padded]: products with the ones are sums of weights; zero where hidden."""
     heads, dtype = problem.heads, values.dtype
     read, shown = reader(v_ref, 0, heads, at), rows_shown(problem, extras, rows_valid(problem, rows), rows)
-    turn = functools.cache(lambda tile: _existing(read(tile).astype(jnp.float32), shown).T)
-    ones = _existing(jnp.ones((rows.stop - rows.start, LANES), jnp.float32), shown).T[:8]
+    turn = functools.cache(lambda tile: existing(read(tile).astype(jnp.float32), shown).T)
+    ones = existing(jnp.ones((rows.stop - rows.start, LANES), jnp.float32), shown).T[:8]
     for head in range(heads.count):
         values[head, :, rows] = jnp.concatenate([heads.rows_of(turn, head), ones], 0).astype(dtype)
 
@@ -312,30 +290,13 @@ def _prepare_queries(problem, q_ref, extras, rows, at, queries):
     """[heads, queries, 128] with a one where hidden keys have their logit."""
     heads, dtype, size = problem.heads, queries.dtype, rows.stop - rows.start
     first = pl.multiple_of(pl.program_id(1) * problem.block + rows.start, 16)
-    tiles = _tiles(problem, extras, 0, reader(q_ref, 0, heads, at), first, size, None, dtype)
+    read, normed = reader(q_ref, 0, heads, at), "spread" in extras
+    tiles = prepared(problem, extras, 0, read, pl.ds(first, size), None, dtype, normed)
     one = 1.0 if hides_keys(problem, extras) else 0.0
     lane = jax.lax.broadcasted_iota(jnp.int32, (size, LANES), 1)
     for head in range(heads.count):
         other = jnp.where(lane == heads.spare(head), one, 0.0).astype(dtype)
         queries[head, rows] = jnp.where(heads.within(head, lane), heads.gather(tiles, head), other)
-
-
-def _existing(x, valid):
-    """Zero elsewhere; valid: rows, or None for all."""
-    return x if valid is None else jnp.where(valid, x, 0.0)
-
-
-def _whole_channels(problem, extras, dtype):
-    """Weights of the norms, k's with the scale, and the rotation's tables, along the channels."""
-    heads, found = problem.heads, {name: x for name, x in extras.items() if name == "hidden"}
-    if "norm" in extras or "rope" in extras:
-        weight = extras["norm"] if "norm" in extras else jnp.ones((2, heads.channels), jnp.float32)
-        found["weight"] = weight * jnp.asarray([[1.0], [problem.scale]], jnp.float32)
-    if "norm" in extras:
-        found["spread"] = tpu_channels.spreading(heads, dtype)
-    if "rope" in extras:
-        found["tables"] = tpu_channels.rotation(heads, extras["rope"], dtype)
-    return found
 
 
 def forward_call(name, q, k, v, lanes, extras, problem, logs=False):
@@ -352,7 +313,7 @@ def forward_call(name, q, k, v, lanes, extras, problem, logs=False):
         whole_row(problem, padded, channels), lambda row, _: (0, jax.lax.rem(row, k.shape[1]), 0, which)
     )
     heads = problem.heads
-    extras = _whole_channels(problem, extras, q.dtype)
+    extras = whole_channels(problem, extras, q.dtype)
     scratch = [
         pltpu.VMEM((heads.count, padded, LANES), q.dtype),
         pltpu.VMEM((heads.count, heads.rows + 8, padded), q.dtype),

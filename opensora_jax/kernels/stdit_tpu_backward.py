@@ -1,6 +1,14 @@
 """Backward pass of the spatial kernel (stdit_tpu.py): grid (row); scores are recomputed tile by tile (tpu_slopes.py).
 
 Short rows are one straight line of tiles over all heads; in longer ones the blocks of queries are a loop.
+
+Where q and k are normalised or rotated, that comes first, on whole channels. At the end the gradients of all heads go back
+through rotation and norm, on whole channels too. With u what is normalised, g the gradient of what comes out of the norm,
+w its weight and r = 1 / root mean square of a head:
+
+    du = r w g - u (r^3 / dim) sum(w g u),    dw = sum(r g u)
+
+the sums over a head being marks (tpu_channels.py). Rotation stands before or behind.
 """
 
 import functools
@@ -12,16 +20,21 @@ from jax.experimental.pallas import tpu as pltpu
 
 from opensora_jax.kernels import blocks, tpu_channels, tpu_slopes
 from opensora_jax.kernels.spec import Call
-from opensora_jax.kernels.tpu_lanes import LANES, LOG2E
+from opensora_jax.kernels.tpu_lanes import LANES, LOG2E, unknown_zero
 from opensora_jax.kernels.tpu_rows import (
+    chunk_of_a_row,
+    each_chunk,
+    existing,
     extra_bytes,
     extra_specs,
-    own_float,
-    preparation,
+    lanes_of,
+    prepared,
     reader,
     row_sizes,
     rows_inside,
     rows_shown,
+    turning,
+    whole_channels,
     whole_row,
 )
 
@@ -35,47 +48,67 @@ def least_bytes(call: Call) -> int:
 
 
 def _bytes(padded: int, channels: int, itemsize: int, extra: int, buffers: int) -> int:
-    """Not less than the compiler asks for. Heads of 72 in bfloat16, 2026-11-29: rows of 4,096 compile for v6e, of 2,560 for
-    v5p; the straight line of 1,024 with norm, rotation, mask and two buffers takes 78 MiB."""
-    moving = (
-        buffers * (8 * channels + LANES) * itemsize
-    )  # qkv and its gradients, the result and its gradient, logarithms
-    at_work = (39_424 if padded <= STRAIGHT * LONGEST_BLOCK else 6_144) * itemsize // 2
+    """Not less than the compiler asks for, a token of heads of 72 in bfloat16, what it spills included (2026-11-30): 53.8 kB of
+    a straight line of 1,024 with norm and rotation, 28.3 of 2,432 rows with both, 22.9 of 2,944 plain ones."""
+    moving = buffers * (8 * channels + LANES) * itemsize  # qkv, the result and their gradients, logarithms
+    at_work = (32_000 if padded <= STRAIGHT * LONGEST_BLOCK else 5_120) * itemsize // 2
     return padded * (moving + at_work + extra)
 
 
 def gradients(qkv, extras, d_out, out, logs, problem):
-    """Of qkv and, where there is a norm, of its weights: [rows, 2, 8, C]. logs: [pieces, rows, .., 128], the forward pass's."""
-    rows, c3 = qkv.shape[1], qkv.shape[3]
+    """Of qkv and, where there is a norm, of its weights [2, C]. logs: [pieces, rows, .., 128], the forward pass's."""
+    heads, rows, c3 = problem.heads, qkv.shape[1], qkv.shape[3]
     padded = max(problem.padded, -(-problem.size // problem.block_backward) * problem.block_backward)
-    extra = extra_bytes("rope" in extras, "hidden" in extras)
+    extra = extra_bytes(c3 // 3, qkv.dtype.itemsize, "rope" in extras, "hidden" in extras)
     double = _bytes(padded, c3 // 3, qkv.dtype.itemsize, extra, buffers=2) <= blocks.vmem()
     single = {} if double else {"pipeline_mode": pl.Buffered(1)}
     row = lambda width: pl.BlockSpec(whole_row(problem, padded, width), lambda i: (0, i, 0, 0), **single)
     out_specs, out_shape = [row(c3)], [jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)]
-    if "norm" in extras:
+    total = pltpu.VMEM((2, heads.rows, problem.padded), jnp.float32)
+    scratch = {"deltas": pltpu.VMEM((padded, LANES), qkv.dtype), "sums": [total, total]}
+    normed = "norm" in extras
+    if normed:
         out_specs.append(pl.BlockSpec((1, 2, 8, c3 // 3), lambda i: (i, 0, 0, 0)))
         out_shape.append(jax.ShapeDtypeStruct((rows, 2, 8, c3 // 3), jnp.float32))
-    extras = extras | {"spread": tpu_channels.spreading(problem.heads, qkv.dtype)}
-    total = pltpu.VMEM((2, problem.heads.rows, problem.padded), jnp.float32)
-    return pl.pallas_call(
+        scratch["held"] = pltpu.VMEM((heads.tiles, chunk_of_a_row(problem), LANES), jnp.float32)
+    if _is_straight(problem) and (normed or "rope" in extras):
+        scratch["ready"] = pltpu.VMEM(whole_row(problem, padded, 2 * c3 // 3), qkv.dtype)
+    extras = whole_channels(problem, extras, qkv.dtype) | {"spread": tpu_channels.spreading(heads, qkv.dtype)}
+    d_qkv, *d_norm = pl.pallas_call(
         functools.partial(_kernel, problem=problem),
         grid=(rows,),
         in_specs=[row(c3), row(c3 // 3), row(c3 // 3), row(LANES), extra_specs(extras, problem)],
         out_specs=out_specs,
         out_shape=out_shape,
-        scratch_shapes=[pltpu.VMEM((padded, LANES), qkv.dtype), total, total],
+        scratch_shapes=[scratch],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=blocks.vmem()),
         interpret=problem.interpret,
         name="stdit_spatial_backward",
     )(qkv, d_out, out, logs, extras)
+    scales = jnp.asarray([[1.0], [problem.scale]], jnp.float32)
+    return d_qkv, *(x.sum((0, 2)) * scales for x in d_norm)
+
+
+def _is_straight(problem) -> bool:
+    return -(-problem.size // problem.block_backward) <= STRAIGHT
 
 
 def _kernel(qkv_ref, do_ref, out_ref, logs_ref, extras, d_ref, *rest, problem):
-    d_norm_ref, (deltas, *sums) = (rest[0], rest[1:]) if "norm" in extras else (None, rest)
-    row = _Row(problem, extras, qkv_ref, do_ref, out_ref, logs_ref, d_ref, d_norm_ref, deltas, sums)
+    *d_norm_ref, scratch = rest
+    row = _Row(problem, extras, qkv_ref, do_ref, out_ref, logs_ref, d_ref, scratch)
+    if row.ready is not qkv_ref:
+        each_chunk(problem, functools.partial(_prepare, row))
+    _attend_back(row)
+    for ref in d_norm_ref:
+        ref[...] = jnp.zeros_like(ref)
+    if row.ready is not qkv_ref:
+        each_chunk(problem, functools.partial(_undo, row, d_norm_ref))
+
+
+def _attend_back(row):
+    problem = row.problem
     heads, blocks = range(problem.heads.count), -(-problem.size // problem.block_backward)
-    if blocks <= STRAIGHT:
+    if _is_straight(problem):
         for i in range(blocks):
             row.sum_deltas(i)
         tpu_slopes.pipeline(
@@ -91,25 +124,29 @@ def _kernel(qkv_ref, do_ref, out_ref, logs_ref, extras, d_ref, *rest, problem):
     jax.lax.fori_loop(0, blocks, deltas_of_block, 0)
     for head in heads:
         row.open(head)
-        for total in sums:
+        for total in row.sums:
             total[head % 2] = jnp.zeros_like(total[0])
 
-        def block(i, d_weight, head=head):
-            row.first, row.d_weight = i, d_weight
+        def block(i, carry, head=head):
+            row.first = i
             tpu_slopes.pipeline([(head, 0, *tile) for tile in row.tiles], *row.stages)
-            return row.d_weight
+            return carry
 
-        row.d_weight = jax.lax.fori_loop(0, blocks, block, row.d_weight)
+        jax.lax.fori_loop(0, blocks, block, 0)
         row.close(head)
 
 
 class _Row:
     """One program: what is open of heads and blocks while tiles go by."""
 
-    def __init__(self, problem, extras, qkv_ref, do_ref, out_ref, logs_ref, d_ref, d_norm_ref, deltas, sums):
+    def __init__(self, problem, extras, qkv_ref, do_ref, out_ref, logs_ref, d_ref, scratch):
         self.problem, self.heads, self.extras = problem, problem.heads, extras
         self.qkv_ref, self.do_ref, self.out_ref, self.logs_ref = qkv_ref, do_ref, out_ref, logs_ref
-        self.d_ref, self.d_norm_ref, self.deltas, self.sums = d_ref, d_norm_ref, deltas, sums
+        self.d_ref, self.scratch, self.deltas, self.sums = d_ref, scratch, scratch["deltas"], scratch["sums"]
+        # Where q and k lie ready. In long rows their gradients take their place; in a straight line each head would then
+        # wait for the one before.
+        self.ready = scratch.get("ready", d_ref) if "weight" in extras else qkv_ref
+        self.scale = problem.scale if self.ready is qkv_ref else 1.0  # that k does not have yet
         self.dtype, self.rows, self.padded = qkv_ref.dtype, problem.block_backward, problem.padded
         self.whole = (0, 0, slice(0, self.padded)) if problem.pieces == 1 else (slice(None), 0, slice(None))
         self.valid = rows_inside(self.padded, problem.size) if self.padded != problem.size else None
@@ -120,7 +157,7 @@ class _Row:
         self.tiles = [(at_query, at_key) for at_query in queries for at_key in keys]
         self.stages = self.start, self.soften, self.finish
         self.keys, self.queries, self.products, self.softened, self.d_q = {}, {}, {}, {}, {}
-        self.d_weight = jnp.zeros((8, LANES), jnp.float32)
+        self.normed, self.zero = "held" in scratch, unknown_zero(1)
         self.first = 0  # block of the loop that runs; all others count from it
 
     def at(self, i):
@@ -166,72 +203,128 @@ class _Row:
         else:
             parts.append(dq)
         if at_query.stop == self.rows and at_key.stop == self.padded:
-            self._close_queries(head, i, jnp.concatenate(self.d_q.pop((head, i)), 1))
+            dq = jnp.concatenate(self.d_q.pop((head, i)), 1)
+            self._give(head, 0, self.at(i)[1], self._turned(dq, head) * (1 / LOG2E))
             if straight and (i + 1) * self.rows >= self.problem.size:
                 self.close(head)
 
+    def _read(self, head, which, at):
+        """[rows, 128] of q (0), k (1) or v (2), with its neighbours."""
+        return self.heads.gather(reader(self.ready if which < 2 else self.qkv_ref, which, self.heads, at), head)
+
     def open(self, head):
-        k = self._preparation(head, 1, 0).forward(self._raw(head, 1, self.whole, self.valid))
-        v = self.heads.gather(reader(self.qkv_ref, 2, self.heads, self.whole), head)
-        self.keys[head] = tpu_slopes.key_operands(self.heads, head, k * self.problem.scale, v, self.shown)
-
-    def _raw(self, head, which, at, exists):
-        rows = self.padded if which else self.rows
-        return own_float(reader(self.qkv_ref, which, self.heads, at), self.heads, head, rows, exists)
-
-    def _preparation(self, head, which, first):
-        rows = self.padded if which else self.rows
-        return preparation(self.problem, self.extras, head, which, first, rows, self.dtype)
-
-    def _exists(self, first):
-        return rows_inside(self.rows, self.problem.size, first) if self.ragged else None
+        k, v = (self._read(head, which, self.whole) for which in (1, 2))
+        self.keys[head] = tpu_slopes.key_operands(self.heads, head, k.astype(jnp.float32) * self.scale, v, self.shown)
 
     def _queries(self, head, i):
         first, at = self.at(i)
-        exists = self._exists(first)
-        if "norm" in self.extras or "rope" in self.extras:
-            q = self._preparation(head, 0, first).forward(self._raw(head, 0, at, exists)).astype(self.dtype)
-        else:
-            q = self.heads.gather(reader(self.qkv_ref, 0, self.heads, at), head)
+        exists = rows_inside(self.rows, self.problem.size, first) if self.ragged else None
         do = self.heads.gather(reader(self.do_ref, 0, self.heads, at), head)
         marks = self.logs_ref[at].reshape(self.rows, LANES), self.deltas[pl.ds(first, self.rows), :]
-        return tpu_slopes.query_operands(self.heads, head, q, do, *marks, exists)
-
-    def _close_queries(self, head, i, dq):
-        first, at = self.at(i)
-        dq = self.heads.put_rows(dq, head).T * (1 / LOG2E)
-        dq, d_weight = self._preparation(head, 0, first).backward(self._raw(head, 0, at, self._exists(first)), dq)
-        _merge(self.d_ref, self.heads, head, 0, at, dq.astype(self.dtype))
-        if d_weight is not None:
-            self.d_weight = self.d_weight + _fold(d_weight)
+        return tpu_slopes.query_operands(self.heads, head, self._read(head, 0, at), do, *marks, exists)
 
     def close(self, head):
-        """Gradients of keys, values and weights of the norm."""
-        dv, dk = (self.heads.put_rows(total[head % 2], head).T for total in self.sums)
-        dv = dv if self.shown is None else jnp.where(self.shown, dv, 0.0)
-        k_raw = self._raw(head, 1, self.whole, self.valid)
-        dk, d_weight = self._preparation(head, 1, 0).backward(k_raw, dk * (self.problem.scale / LOG2E))
-        _merge(self.d_ref, self.heads, head, 1, self.whole, dk.astype(self.dtype))
-        _merge(self.d_ref, self.heads, head, 2, self.whole, dv.astype(self.dtype))
-        if d_weight is not None:
-            _merge(self.d_norm_ref, self.heads, head, 0, (0, 0, slice(None)), self.d_weight)
-            _merge(self.d_norm_ref, self.heads, head, 0, (0, 1, slice(None)), _fold(d_weight))
-            self.d_weight = jnp.zeros_like(self.d_weight)
+        """Gradients of keys and values."""
+        dv, dk = (self._turned(total[head % 2], head) for total in self.sums)
+        self._give(head, 1, self.whole, dk * (self.scale / LOG2E))
+        self._give(head, 2, self.whole, dv if self.shown is None else jnp.where(self.shown, dv, 0.0))
+
+    def _turned(self, x, head):
+        """[rows, 128] of [channels of a head, rows]."""
+        return self.heads.put_rows(x, head).T
+
+    def _give(self, head, which, at, x):
+        """Writes the head's lanes of x into its tiles of the gradient of q (0), k (1) or v (2), to the rows `at`. Heads come
+        in order: what lies before the head in its first tile is kept; what lies behind it in its last tile is written later,
+        and kept where it is a q or k that is still to be read."""
+        tile, first, spans = self.heads.place(head)
+        x, lane = x.astype(self.dtype), jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+        for step in range(1 + spans):
+            there = self.d_ref.at[(*at, lanes_of(which * self.heads.tiles + tile + step))]
+            own, end = (lane >= first if step == 0 and first else None), first + self.heads.dim - step * LANES
+            if self.ready is self.d_ref and which < 2 and end < LANES:
+                own = lane < end if own is None else own & (lane < end)
+            merged = x if own is None else jnp.where(own, x, there[...].reshape(x.shape))
+            there[...] = merged.reshape(there.shape)
 
 
-def _fold(x):
-    """Sum of the rows as [8, 128], so that no sublanes are crossed."""
-    return x.reshape(x.shape[0] // 8, 8, LANES).sum(0)
+def _prepare(row, rows, at):
+    """Writes q and k of some rows, normalised and rotated, where they are read."""
+    problem, heads = row.problem, row.heads
+    for which in range(2):
+        read, valid = reader(row.qkv_ref, which, heads, at), _valid(problem, rows)
+        tiles = prepared(problem, row.extras, which, read, rows, valid, row.dtype, row.normed)
+        for tile in range(heads.tiles):
+            _put(row.ready, which * heads.tiles + tile, at, tiles(tile))
 
 
-def _merge(ref, heads, head, which, at, x):
-    """Writes the head's lanes of x into its tiles of q (0), k (1) or v (2), to the rows `at`. Heads come in order: what lies
-    beyond the head in its last tile is written later, what lies before it in its first tile is kept."""
-    tile, first, spans = heads.place(head)
-    for step in range(1 + spans):
-        lanes = slice((which * heads.tiles + tile + step) * LANES, (which * heads.tiles + tile + step + 1) * LANES)
-        there = ref[(*at, lanes)]
-        keep = step == 0 and first > 0
-        lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-        merged = jnp.where(lane >= first, x, there.reshape(x.shape)) if keep else x
-        ref[(*at, lanes)] = merged.reshape(there.shape)
+def _undo(row, d_norm_ref, rows, at):
+    """From gradients of what was prepared to gradients of q and k, of some rows. d_norm_ref: in a list, or none."""
+    for which in range(2):
+        side = _Side(row, which, rows, at)
+        undone = side.normalised(*d_norm_ref) if d_norm_ref else side.rotated
+        for tile in range(row.heads.tiles):
+            _put(row.d_ref, which * row.heads.tiles + tile, at, undone(tile))
+
+
+class _Side:
+    """q (0) or k (1) of some rows, and their gradients, by tiles of lanes."""
+
+    def __init__(self, row, which, rows, at):
+        self.row, self.which, self.rows = row, which, rows
+        self.x, self.d = (reader(ref, which, row.heads, at) for ref in (row.qkv_ref, row.d_ref))
+        self.valid = _valid(row.problem, rows)
+        turned = "tables" in row.extras
+        self.turned_first, self.turned_last = turned and not row.problem.norm_first, turned and row.problem.norm_first
+
+    def raw(self, tile):
+        return existing(self.x(tile).astype(jnp.float32), self.valid)
+
+    def gradient(self, tile):
+        return existing(self.d(tile).astype(jnp.float32), self.valid)
+
+    def weight(self, tile):
+        return self.row.extras["weight"][self.which : self.which + 1, lanes_of(tile)]
+
+    def tables(self, tile):
+        return turning(self.row.extras, self.rows, tile)
+
+    def rotated(self, tile):
+        """What was rotated and scaled alone."""
+        return tpu_channels.turn_back(self.gradient(tile), self.tables(tile)) * self.weight(tile)
+
+    def products(self, tile):
+        """w g u; the side that is behind a rotation is held."""
+        u, g, held = self.raw(tile), self.gradient(tile), self.row.scratch["held"]
+        if self.turned_first:
+            u = held[tile] = tpu_channels.turn(u, self.tables(tile))
+        if self.turned_last:
+            g = held[tile] = tpu_channels.turn_back(g, self.tables(tile))
+        return (self.weight(tile) * g * u).astype(self.row.dtype)
+
+    def normalised(self, d_norm_ref):
+        """tile → gradient; adds that of the norm's weight."""
+        heads, spread, dtype = self.row.heads, self.row.extras["spread"], self.row.dtype
+        root = tpu_channels.root_marks(heads, self.raw, spread, dtype)
+        along = root * root * root * tpu_channels.collect(heads, spread, self.products) * (1.0 / heads.dim)
+        root_of, along_of = (tpu_channels.spread_out(heads, spread, marks, dtype) for marks in (root, along))
+
+        def undone(tile):
+            held = self.row.scratch["held"].at[self.row.zero + tile]
+            u = held[...] if self.turned_first else self.raw(tile)
+            g = (held[...] if self.turned_last else self.gradient(tile)) * root_of(tile)
+            d_norm_ref[0, self.which, :, lanes_of(tile)] += (g * u).reshape(-1, 8, LANES).sum(0)
+            d = self.weight(tile) * g - u * along_of(tile)
+            return tpu_channels.turn_back(d, self.tables(tile)) if self.turned_first else d
+
+        return undone
+
+
+def _put(ref, tile, at, x):
+    there = ref.at[(*at, lanes_of(tile))]
+    there[...] = x.astype(ref.dtype).reshape(there.shape)
+
+
+def _valid(problem, rows):
+    """[rows, 128] bool: those that exist, or None where all do; rows: pl.ds."""
+    return rows_inside(rows.size, problem.size, rows.start) if problem.padded != problem.size else None

@@ -104,12 +104,22 @@ def collect(heads: Heads, spread, tile_of):
     return sums
 
 
-def reciprocal_roots(heads: Heads, tile_of, spread, dtype):
-    """tile → [rows, 128]: 1 / root mean square of the head that each lane belongs to; tile_of(tile): float32."""
-    sums = collect(heads, spread, lambda tile: jnp.square(tile_of(tile)).astype(dtype))
-    marked = split(jax.lax.rsqrt(sums * (1.0 / heads.dim) + 1e-6), dtype)
+def spread_out(heads: Heads, spread, marks, dtype):
+    """tile → [rows, 128]: marks [rows, 128] (float32) over the lanes of their heads."""
+    marked = split(marks, dtype)
     of_pair = functools.cache(lambda index: dot(marked, spread[:, across(pairs(heads)[index])]))
     return lambda tile: of_pair(tile // 2)[:, tile % 2 * LANES : (tile % 2 + 1) * LANES]
+
+
+def reciprocal_roots(heads: Heads, tile_of, spread, dtype):
+    """tile → [rows, 128]: 1 / root mean square of the head that each lane belongs to; tile_of(tile): float32."""
+    return spread_out(heads, spread, root_marks(heads, tile_of, spread, dtype), dtype)
+
+
+def root_marks(heads: Heads, tile_of, spread, dtype):
+    """The same as marks."""
+    sums = collect(heads, spread, lambda tile: jnp.square(tile_of(tile)).astype(dtype))
+    return jax.lax.rsqrt(sums * (1.0 / heads.dim) + 1e-6)
 
 
 def _weights(scale, heads: Heads, norm):
@@ -131,6 +141,17 @@ def swap(x):
     """Neighbouring lanes exchanged; x: [rows, 128] of 32-bit words."""
     even = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) & 1 == 0
     return jnp.where(even, pltpu.roll(x, LANES - 1, 1), pltpu.roll(x, 1, 1))
+
+
+def turn(x, tables):
+    """By the rotation's (cos, sin), [rows, 128] float32."""
+    cos, sin = tables
+    return x * cos + swap(x) * sin
+
+
+def turn_back(d, tables):
+    cos, sin = tables
+    return d * cos + swap(d * sin)
 
 
 def split(x, dtype):

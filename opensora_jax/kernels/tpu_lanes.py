@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from opensora_jax.kernels.spec import Unsupported
 
@@ -128,10 +127,10 @@ class Heads(NamedTuple):
             tiles[tile + 1] = x
 
 
-def unknown_zero():
+def unknown_zero(axes: int):
     """Zero, which the compiler does not know: what is read at it comes from memory, not from registers that were too few. It
-    does know an index of a grid's axis of one; of two axes one is longer."""
-    return jax.lax.shift_right_logical(pl.program_id(0) + pl.program_id(1), 30)
+    does know an index of a grid's axis of one; of all axes some are longer."""
+    return jax.lax.shift_right_logical(sum(map(pl.program_id, range(axes))), 30)
 
 
 def at_lane(x, lane: int, value):
@@ -149,60 +148,6 @@ ROWS_BY_ROWS = ((1,), (1,))  # a b^T
 COLUMNS_BY_COLUMNS = ((0,), (0,))  # a^T b
 
 
-class Preparation(NamedTuple):
-    """Of one head's q or k: the norm's weight [1, 128] and the rotation's tables [rows, 128], each or None.
-
-    Neighbouring lanes are swapped by the matrix unit, in the working dtype.
-    """
-
-    weight: jax.Array | None
-    cos: jax.Array | None
-    sin: jax.Array | None
-    norm_first: bool
-    dim: int
-    dtype: jnp.dtype
-
-    def forward(self, x):
-        """x: [rows, 128] float32 with zeros in the foreign lanes."""
-        if self.weight is not None and self.norm_first:
-            x = self._normalise(x)[0] * self.weight
-        if self.cos is not None:
-            x = x * self.cos + self._turn(x) * self.sin
-        if self.weight is not None and not self.norm_first:
-            x = self._normalise(x)[0] * self.weight
-        return x
-
-    def backward(self, x, d):
-        """Gradients of x and of the weight ([rows, 128], to be summed over rows; None without a norm)."""
-        if self.weight is None:
-            return self._turn_back(d), None
-        if self.norm_first:
-            return self._normalise_backward(x, self._turn_back(d))
-        if self.cos is not None:
-            x = x * self.cos + self._turn(x) * self.sin
-        dx, d_weight = self._normalise_backward(x, d)
-        return self._turn_back(dx), d_weight
-
-    def _turn_back(self, d):
-        return d if self.cos is None else d * self.cos - self._turn(d * self.sin)
-
-    def _normalise_backward(self, x, d):
-        x, scale = self._normalise(x)
-        d_weight, d = d * x, d * self.weight
-        along = (d * x).sum(-1, keepdims=True) * (1.0 / self.dim)
-        return (d - x * along) * scale, d_weight
-
-    def _normalise(self, x):
-        scale = jax.lax.rsqrt((x * x).sum(-1, keepdims=True) * (1.0 / self.dim) + 1e-6)
-        return x * scale, scale
-
-    def _turn(self, x):
-        """(x0, x1) → (-x1, x0) of each pair of lanes."""
-        source, target = (jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
-        sign = jnp.where(source > target, -1.0, 1.0)
-        return dot(x.astype(self.dtype), jnp.where(source == (target ^ 1), sign, 0.0).astype(self.dtype))
-
-
 def rotation_tables(rope, rows: int):
     """(cos, sin) [row, d] as one [2, rows, 128] float32 array, zero beyond."""
     table = jnp.stack([x.astype(jnp.float32) for x in rope])
@@ -212,16 +157,3 @@ def rotation_tables(rope, rows: int):
 def norm_rows(heads: Heads, q_scale, k_scale):
     """The weights of both norms along the channels: [2, C] float32."""
     return jnp.stack([jnp.tile(x.astype(jnp.float32), heads.count) for x in (q_scale, k_scale)])
-
-
-def norm_weight(heads: Heads, head: int, which: int, norm_ref):
-    """[1, 128] of q (which = 0) or k (1) from [2, C], or None."""
-    if norm_ref is None:
-        return None
-    return heads.gather(lambda tile: norm_ref[which : which + 1, tile * LANES : (tile + 1) * LANES], head)
-
-
-def aligned(table, heads: Heads, head: int):
-    """A table [rows, 128] that starts at lane 0, moved to the head's lanes."""
-    shift = heads.place(head)[1]
-    return pltpu.roll(table, shift, 1) if shift else table

@@ -1,11 +1,16 @@
-"""What the spatial and cross-attention kernels for TPUs share: heads out of rows of tokens, and which tokens count."""
+"""What the spatial and cross-attention kernels for TPUs share: heads out of rows of tokens, which tokens count, and q and k
+normalised and rotated."""
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from opensora_jax.kernels import tpu_channels
 from opensora_jax.kernels.spec import Call
-from opensora_jax.kernels.tpu_lanes import HIDE, LANES, Heads, Preparation, aligned, at_lane, norm_weight
+from opensora_jax.kernels.tpu_lanes import HIDE, LANES, Heads, at_lane
 
 CHUNK = 256  # rows
 
@@ -24,13 +29,14 @@ def extra_specs(extras, problem):
 
 def row_sizes(call: Call) -> tuple[int, int, int, int]:
     """Rows in whole tiles, channels, bytes of an element, and `extra_bytes`."""
-    extra = extra_bytes("rope" in call.extras, "kv_mask" in call.extras)
-    return -(-call.keys // LANES) * LANES, call.heads * call.head_dim, 2 if call.dtype == "bfloat16" else 4, extra
+    channels, itemsize = call.heads * call.head_dim, 2 if call.dtype == "bfloat16" else 4
+    extra = extra_bytes(channels, itemsize, "rope" in call.extras, "kv_mask" in call.extras)
+    return -(-call.keys // LANES) * LANES, channels, itemsize, extra
 
 
-def extra_bytes(rope: bool, mask: bool) -> int:
-    """A token's share of tables and key mask, all in float32 and double-buffered."""
-    return 8 * LANES * (2 * rope + mask)
+def extra_bytes(channels: int, itemsize: int, rope: bool, mask: bool) -> int:
+    """A token's share of tables, which stay, and of the key mask, in float32, which moves."""
+    return 2 * channels * itemsize * rope + 8 * LANES * mask
 
 
 def whole_row(problem, rows: int, channels: int) -> tuple[int, ...]:
@@ -38,19 +44,58 @@ def whole_row(problem, rows: int, channels: int) -> tuple[int, ...]:
     return (problem.pieces, 1, problem.piece if problem.pieces > 1 else rows, channels)
 
 
-def preparation(problem, extras, head, which, first, rows, dtype):
-    """The preparation of q or k for `rows` rows from `first`."""
-    tables = (None, None)
+def whole_channels(problem, extras, dtype):
+    """Weights of the norms, k's with the scale, and the rotation's tables, along the channels."""
+    heads, found = problem.heads, {name: x for name, x in extras.items() if name == "hidden"}
+    if "norm" in extras or "rope" in extras:
+        weight = extras["norm"] if "norm" in extras else jnp.ones((2, heads.channels), jnp.float32)
+        found["weight"] = weight * jnp.asarray([[1.0], [problem.scale]], jnp.float32)
+    if "norm" in extras:
+        found["spread"] = tpu_channels.spreading(heads, dtype)
     if "rope" in extras:
-        tables = tuple(aligned(extras["rope"][i, pl.ds(first, rows), :], problem.heads, head) for i in range(2))
-    weight = norm_weight(problem.heads, head, which, extras.get("norm"))
-    return Preparation(weight, *tables, problem.norm_first, problem.heads.dim, dtype)
+        found["tables"] = tpu_channels.rotation(heads, extras["rope"], dtype)
+    return found
+
+
+def prepared(problem, extras, which, read, rows, valid, dtype, normed):
+    """tile → [rows, 128] of q (0) or k (1), normalised, rotated and scaled, as they lie. Only k is scaled."""
+    heads = problem.heads
+    load = lambda tile: existing(read(tile).astype(jnp.float32), valid)
+    if "weight" not in extras:
+        return read if which == 0 else functools.cache(lambda tile: (load(tile) * problem.scale).astype(dtype))
+    if normed:
+        root = tpu_channels.reciprocal_roots(heads, load, extras["spread"], dtype)
+
+    @functools.cache
+    def found(tile):
+        x, weight = load(tile), extras["weight"][which : which + 1, lanes_of(tile)]
+        x = x * weight if problem.norm_first else x
+        if "tables" in extras:
+            x = tpu_channels.turn(x, turning(extras, rows, tile))
+        x = x if problem.norm_first else x * weight
+        return (x * root(tile) if normed else x).astype(dtype)
+
+    return found
+
+
+def turning(extras, rows, tile: int):
+    """The rotation's tables (cos, sin) [rows, 128] of a tile of lanes."""
+    return [extras["tables"][i, rows, lanes_of(tile)].astype(jnp.float32) for i in range(2)]
+
+
+def lanes_of(tile: int) -> slice:
+    return slice(tile * LANES, (tile + 1) * LANES)
+
+
+def existing(x, valid):
+    """Zero elsewhere; valid: rows, or None for all."""
+    return x if valid is None else jnp.where(valid, x, 0.0)
 
 
 def reader(ref, which, heads: Heads, at=(...,)):
     """tile → [rows, 128] of q (0), k (1) or v (2) in a block [.., rows, n*C]; at: which of its rows."""
     start = which * heads.tiles
-    return lambda tile: ref[(*at, slice((start + tile) * LANES, (start + tile + 1) * LANES))].reshape(-1, LANES)
+    return lambda tile: ref[(*at, lanes_of(start + tile))].reshape(-1, LANES)
 
 
 def row_chunks(problem, rows: int):
@@ -61,6 +106,28 @@ def row_chunks(problem, rows: int):
     piece, count = problem.piece, max(1, CHUNK // problem.piece)
     pieces = (slice(start, min(start + count, rows // piece)) for start in range(0, rows // piece, count))
     return [(slice(at.start * piece, at.stop * piece), (at, 0, slice(None))) for at in pieces]
+
+
+def chunk_of_a_row(problem) -> int:
+    """Rows that are normalised and rotated at once: some whole pieces, or an even part of one."""
+    piece = problem.padded if problem.pieces == 1 else problem.piece
+    if piece > CHUNK:
+        return math.gcd(piece, CHUNK)
+    return piece * max(n for n in range(1, CHUNK // piece + 1) if problem.pieces % n == 0)
+
+
+def each_chunk(problem, body):
+    """body(pl.ds of its rows, where they lie) in a loop over the chunks of a row."""
+    size, piece = chunk_of_a_row(problem), problem.padded if problem.pieces == 1 else problem.piece
+    whole, parts = size // piece if problem.pieces > 1 else 0, max(1, piece // size)  # a block has more rows than a row
+
+    def run(i, carry):
+        rows = pl.ds(pl.multiple_of(i * size, 16), size)
+        part = pl.ds(pl.multiple_of(jax.lax.rem(i, parts) * size, 16), size)
+        body(rows, (pl.ds(i * whole, whole), 0, slice(None)) if whole else (jax.lax.div(i, parts), 0, part))
+        return carry
+
+    jax.lax.fori_loop(0, problem.padded // size, run, 0)
 
 
 def rows_valid(problem, rows: slice):

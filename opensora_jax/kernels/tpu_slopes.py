@@ -39,19 +39,19 @@ class Queries(NamedTuple):
 
 def key_operands(heads: Heads, head: int, k, v, shown) -> Keys:
     """k: float32 and scaled, v as it lies. Hidden keys are zero: their slopes are, and their dv is not to be used."""
-    own = heads.own(head, k.shape[0])
-    k, v = jnp.where(own, k, 1.0), jnp.where(own, v, jnp.ones((), v.dtype))
+    own, lane = heads.own(head, k.shape[0]), jax.lax.broadcasted_iota(jnp.int32, k.shape, 1) & ~1
+    met = (lane == tpu_channels.marks(heads)[head]).astype(jnp.float32)
+    k, v = jnp.where(own, k, met), jnp.where(own, v, met.astype(v.dtype))
     if shown is not None:
         k, v = jnp.where(shown, k, 0.0), jnp.where(shown, v, jnp.zeros((), v.dtype))
     return Keys(k.astype(v.dtype), v, heads.take_rows(k.T, head).astype(v.dtype))
 
 
 def query_operands(heads: Heads, head: int, q, do, logs, deltas, exists) -> Queries:
-    """logs, deltas: marks (tpu_channels.py) of minus the logarithms and minus the sums of gradient times output."""
-    own = heads.own(head, q.shape[0])
-    lane = jax.lax.broadcasted_iota(jnp.int32, q.shape, 1) & ~1
-    marked, zero = lane == tpu_channels.marks(heads)[head], jnp.zeros((), q.dtype)
-    q, do = (jnp.where(own, x, jnp.where(marked, marks, zero)) for x, marks in ((q, logs), (do, deltas)))
+    """logs, deltas: marks (tpu_channels.py) of minus the logarithms and minus the sums of gradient times output; those of
+    other heads meet zeros."""
+    own, zero = heads.own(head, q.shape[0]), jnp.zeros((), q.dtype)
+    q, do = (jnp.where(own, x, marks) for x, marks in ((q, logs), (do, deltas)))
     if exists is not None:
         q, do = (jnp.where(exists, x, zero) for x in (q, do))
     turned = lambda x: heads.take_rows(x.astype(jnp.float32).T, head).astype(x.dtype)

@@ -187,7 +187,7 @@ class Block:
         self.problem, self.heads, self.extras, self.dtype = problem, problem.heads, extras, dtype
         self.words, self.turned = words, turned
         self.exist = problem.positions - pl.program_id(1) * problem.block  # positions from the first one on
-        self.zero = unknown_zero()
+        self.zero = unknown_zero(2)
         # Half-filled registers of bfloat16 stay apart.
         self.halves = problem.pack > 1 and spec.chip() in JOIN_IN_MEMORY
         self.lane = jax.lax.broadcasted_iota(jnp.int32, (8, LANES), 1)

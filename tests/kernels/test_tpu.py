@@ -17,6 +17,7 @@ from opensora_jax.kernels import (
     spec,
     stdit_tpu,
     stdit_tpu_backward,
+    tpu_rows,
     tpu_slopes,
     tpu_temporal,
 )
@@ -93,6 +94,20 @@ def test_gradients_of_rows_in_many_tiles(straight, parts, monkeypatch):
     run = functools.partial(stdit_attention, implementation="pallas_tpu")
     with blocks.trying("stdit_spatial", backward=(48,)):
         check(case, "float32", functools.partial(through_pieces, run, parts=parts) if parts > 1 else run)
+
+
+@pytest.mark.parametrize(
+    "extras, straight", [("norm", 1), ("rope", 9), ("norm rope", 1), ("norm rope", 9), ("rope norm", 9), ("", 1)]
+)
+def test_rows_prepared_in_many_chunks(extras, straight, monkeypatch):
+    monkeypatch.setattr(stdit_tpu_backward, "STRAIGHT", straight)
+    monkeypatch.setattr(tpu_rows, "CHUNK", 64)
+    options = {"norm": "norm" in extras, "rope": "rope" in extras, "norm_before_rope": extras != "rope norm"}
+    run = functools.partial(stdit_attention, implementation="pallas_tpu")
+    pieces = extras == "norm rope" and straight == 1  # of 128 rows, two chunks each
+    case = Case("", "spatial", 1, 1, 256 if pieces else 168, heads=4, head_dim=96, **options)
+    with blocks.trying("stdit_spatial", forward=(128,), backward=(128,)):
+        check(case, "float32", functools.partial(through_pieces, run, parts=2) if pieces else run)
 
 
 @pytest.mark.parametrize("heads", [Heads(16, 72), Heads(32, 12), Heads(4, 32)])
