@@ -26,6 +26,7 @@ from opensora_jax.plan.libtpu import QUIET, dump_to
 
 GAIN = 0.02  # schedules are no better than that
 QUERIES = ((256,), (512,), (1024,))
+LONGER = ((256,), (544,), (800,))  # of a row that is no straight line
 FLASH = ((256, 8192), (512, 4096), (512, 8192), (1024, 4096))
 FLASH_BACKWARD = ((512, 1024), (1024, 1024), (1024, 2048), (2048, 1024))
 
@@ -61,6 +62,7 @@ SUBJECTS = [
         ("cross_attention", "v1.0 cross 64x512 text 120", QUERIES, QUERIES),
         ("cross_attention", "v1.2 cross 480p text 300", QUERIES, QUERIES),
         ("stdit_spatial", "v1.0 spatial 64x512", QUERIES, QUERIES),
+        ("stdit_spatial", "v1.2 spatial 480p", QUERIES, LONGER),
     )
     for stage, tried in (("forward", forward), ("backward", backward))
 ]

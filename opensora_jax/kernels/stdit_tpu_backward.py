@@ -38,8 +38,7 @@ from opensora_jax.kernels.tpu_rows import (
     whole_row,
 )
 
-STRAIGHT = 4  # blocks
-LONGEST_BLOCK = 256  # queries
+STRAIGHT = 1024  # tokens of a padded row
 
 
 def least_bytes(call: Call) -> int:
@@ -51,7 +50,7 @@ def _bytes(padded: int, channels: int, itemsize: int, extra: int, buffers: int) 
     """Not less than the compiler asks for, a token of heads of 72 in bfloat16, what it spills included (2026-11-30): 53.8 kB of
     a straight line of 1,024 with norm and rotation, 28.3 of 2,432 rows with both, 22.9 of 2,944 plain ones."""
     moving = buffers * (8 * channels + LANES) * itemsize  # qkv, the result and their gradients, logarithms
-    at_work = (32_000 if padded <= STRAIGHT * LONGEST_BLOCK else 5_120) * itemsize // 2
+    at_work = (32_000 if padded <= STRAIGHT else 5_120) * itemsize // 2
     return padded * (moving + at_work + extra)
 
 
@@ -90,7 +89,7 @@ def gradients(qkv, extras, d_out, out, logs, problem):
 
 
 def _is_straight(problem) -> bool:
-    return -(-problem.size // problem.block_backward) <= STRAIGHT
+    return problem.padded <= STRAIGHT
 
 
 def _kernel(qkv_ref, do_ref, out_ref, logs_ref, extras, d_ref, *rest, problem):

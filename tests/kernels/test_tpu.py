@@ -84,7 +84,7 @@ def test_frames_where_half_registers_stay_apart(name, frames, monkeypatch):
     check(case, "bfloat16", functools.partial(stdit_attention, implementation="pallas_tpu"))
 
 
-@pytest.mark.parametrize("straight, parts", [(1, 1), (9, 1), (9, 2)])
+@pytest.mark.parametrize("straight, parts", [(0, 1), (512, 1), (512, 2)])
 def test_gradients_of_rows_in_many_tiles(straight, parts, monkeypatch):
     monkeypatch.setattr(stdit_tpu_backward, "STRAIGHT", straight)
     monkeypatch.setattr(tpu_slopes, "KEY_TILE", 64)
@@ -97,14 +97,14 @@ def test_gradients_of_rows_in_many_tiles(straight, parts, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "extras, straight", [("norm", 1), ("rope", 9), ("norm rope", 1), ("norm rope", 9), ("rope norm", 9), ("", 1)]
+    "extras, straight", [("norm", 0), ("rope", 512), ("norm rope", 0), ("norm rope", 512), ("rope norm", 512), ("", 0)]
 )
 def test_rows_prepared_in_many_chunks(extras, straight, monkeypatch):
     monkeypatch.setattr(stdit_tpu_backward, "STRAIGHT", straight)
     monkeypatch.setattr(tpu_rows, "CHUNK", 64)
     options = {"norm": "norm" in extras, "rope": "rope" in extras, "norm_before_rope": extras != "rope norm"}
     run = functools.partial(stdit_attention, implementation="pallas_tpu")
-    pieces = extras == "norm rope" and straight == 1  # of 128 rows, two chunks each
+    pieces = extras == "norm rope" and straight == 0  # of 128 rows, two chunks each
     case = Case("", "spatial", 1, 1, 256 if pieces else 168, heads=4, head_dim=96, **options)
     with blocks.trying("stdit_spatial", forward=(128,), backward=(128,)):
         check(case, "float32", functools.partial(through_pieces, run, parts=2) if pieces else run)
