@@ -30,6 +30,7 @@ from opensora_jax.kernels.tpu_lanes import (
     TINY,
     Heads,
     dot,
+    lanes_of,
     norm_rows,
     rotation_tables,
     unknown_zero,
@@ -258,8 +259,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, extras, o_ref, *rest, problem):
     peaks = jax.lax.fori_loop(0, last // group, lambda n, peaks: turn(peaks, n * group, (n + 1) * group), peaks)
     turn(peaks, last, None)
     for tile, (rows, at) in itertools.product(range(heads.tiles), row_chunks(problem, problem.block)):
-        lanes = slice(tile * LANES, (tile + 1) * LANES)
-        there = o_ref.at[(*at, lanes)]
+        there = o_ref.at[(*at, lanes_of(tile))]
         there[...] = heads.turned_tile(turned, tile, rows).T.astype(dtype).reshape(there.shape)
     if logs_ref:
         for head, mark in enumerate(tpu_channels.marks(heads)):

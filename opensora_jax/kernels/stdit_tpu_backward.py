@@ -20,14 +20,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from opensora_jax.kernels import blocks, tpu_channels, tpu_slopes
 from opensora_jax.kernels.spec import Call
-from opensora_jax.kernels.tpu_lanes import LANES, LOG2E, unknown_zero
+from opensora_jax.kernels.tpu_lanes import LANES, LOG2E, lanes_of, unknown_zero
 from opensora_jax.kernels.tpu_rows import (
     chunk_of_a_row,
     each_chunk,
     existing,
     extra_bytes,
     extra_specs,
-    lanes_of,
     prepared,
     reader,
     row_sizes,
@@ -95,13 +94,13 @@ def _is_straight(problem) -> bool:
 def _kernel(qkv_ref, do_ref, out_ref, logs_ref, extras, d_ref, *rest, problem):
     *d_norm_ref, scratch = rest
     row = _Row(problem, extras, qkv_ref, do_ref, out_ref, logs_ref, d_ref, scratch)
-    if row.ready is not qkv_ref:
-        each_chunk(problem, functools.partial(_prepare, row))
+    if row.ready is qkv_ref:
+        return _attend_back(row)
+    each_chunk(problem, functools.partial(_prepare, row))
     _attend_back(row)
     for ref in d_norm_ref:
         ref[...] = jnp.zeros_like(ref)
-    if row.ready is not qkv_ref:
-        each_chunk(problem, functools.partial(_undo, row, d_norm_ref))
+    each_chunk(problem, functools.partial(_undo, row, d_norm_ref))
 
 
 def _attend_back(row):

@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from opensora_jax.kernels import blocks, tpu_channels, tpu_temporal
-from opensora_jax.kernels.tpu_lanes import COLUMNS_BY_COLUMNS, LANES, LOG2E, ROWS_BY_ROWS, dot
-from opensora_jax.kernels.tpu_temporal import FAR, Block, lanes, values_of, words_of
+from opensora_jax.kernels.tpu_lanes import COLUMNS_BY_COLUMNS, LANES, LOG2E, ROWS_BY_ROWS, dot, lanes_of
+from opensora_jax.kernels.tpu_temporal import FAR, Block, values_of, words_of
 
 ARRAYS = 4  # that lie in fast memory as words: q, k, v and the gradient of the result
 TOGETHER = 16  # heads
@@ -192,7 +192,7 @@ def _undo(block, qkv_ref, d_ref, d_norm_ref, roots, chunk):
                 tile,
                 du if problem.norm_first else block.mix(du, tpu_channels.swap(du), BACK, which, tile, chunk),
             )
-            d_norm_ref[0, 0, which, :, lanes(tile)] += _fresh(problem, g * u, chunk).reshape(-1, 8, LANES).sum(0)
+            d_norm_ref[0, 0, which, :, lanes_of(tile)] += _fresh(problem, g * u, chunk).reshape(-1, 8, LANES).sum(0)
 
 
 def _fresh(problem, x, chunk):

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from opensora_jax.kernels.spec import Unsupported
-from opensora_jax.kernels.tpu_lanes import LANES, LOG2E, ROWS_BY_ROWS, Heads, dot
+from opensora_jax.kernels.tpu_lanes import LANES, LOG2E, ROWS_BY_ROWS, Heads, dot, lanes_of
 
 
 def marks(heads: Heads) -> list[int]:
@@ -79,9 +79,9 @@ def scales_back(heads: Heads) -> jax.Array:
 
 
 def rotation(heads: Heads, table, dtype) -> jax.Array:
-    """(cos, sin) [2, rows, 128] of one head → [2, rows, C] for x and for swapped neighbours; as exact as the q and k that they
+    """(cos, sin) [2, rows, d] of one head → [2, rows, C] for x and for swapped neighbours; as exact as the q and k that they
     turn, for in float32 those of long rows would not fit beside keys and values."""
-    cos, sin = (jnp.tile(x[:, : heads.dim], (1, heads.count)) for x in table)
+    cos, sin = (jnp.tile(x, (1, heads.count)) for x in table)
     return jnp.stack([cos, sin * _signs(heads)]).astype(dtype)
 
 
@@ -108,7 +108,7 @@ def spread_out(heads: Heads, spread, marks, dtype):
     """tile → [rows, 128]: marks [rows, 128] (float32) over the lanes of their heads."""
     marked = split(marks, dtype)
     of_pair = functools.cache(lambda index: dot(marked, spread[:, across(pairs(heads)[index])]))
-    return lambda tile: of_pair(tile // 2)[:, tile % 2 * LANES : (tile % 2 + 1) * LANES]
+    return lambda tile: of_pair(tile // 2)[:, lanes_of(tile % 2)]
 
 
 def reciprocal_roots(heads: Heads, tile_of, spread, dtype):

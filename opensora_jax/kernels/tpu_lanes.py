@@ -133,6 +133,10 @@ def unknown_zero(axes: int):
     return jax.lax.shift_right_logical(sum(map(pl.program_id, range(axes))), 30)
 
 
+def lanes_of(tile: int) -> slice:
+    return slice(tile * LANES, (tile + 1) * LANES)
+
+
 def at_lane(x, lane: int, value):
     """x with one lane set."""
     return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) == lane, value, x)
@@ -149,9 +153,9 @@ COLUMNS_BY_COLUMNS = ((0,), (0,))  # a^T b
 
 
 def rotation_tables(rope, rows: int):
-    """(cos, sin) [row, d] as one [2, rows, 128] float32 array, zero beyond."""
+    """(cos, sin) [row, d] as one [2, rows, d] float32 array, zero beyond."""
     table = jnp.stack([x.astype(jnp.float32) for x in rope])
-    return jnp.pad(table, ((0, 0), (0, rows - table.shape[1]), (0, LANES - table.shape[2])))
+    return jnp.pad(table, ((0, 0), (0, rows - table.shape[1]), (0, 0)))
 
 
 def norm_rows(heads: Heads, q_scale, k_scale):

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 
 from opensora_jax.kernels import tpu_channels
 from opensora_jax.kernels.spec import Call
-from opensora_jax.kernels.tpu_lanes import HIDE, LANES, Heads, at_lane
+from opensora_jax.kernels.tpu_lanes import HIDE, LANES, Heads, at_lane, lanes_of
 
 CHUNK = 256  # rows
 
@@ -83,10 +83,6 @@ def turning(extras, rows, tile: int):
     return [extras["tables"][i, rows, lanes_of(tile)].astype(jnp.float32) for i in range(2)]
 
 
-def lanes_of(tile: int) -> slice:
-    return slice(tile * LANES, (tile + 1) * LANES)
-
-
 def existing(x, valid):
     """Zero elsewhere; valid: rows, or None for all."""
     return x if valid is None else jnp.where(valid, x, 0.0)
@@ -110,21 +106,27 @@ def row_chunks(problem, rows: int):
 
 def chunk_of_a_row(problem) -> int:
     """Rows that are normalised and rotated at once: some whole pieces, or an even part of one."""
-    piece = problem.padded if problem.pieces == 1 else problem.piece
-    if piece > CHUNK:
-        return math.gcd(piece, CHUNK)
-    return piece * max(n for n in range(1, CHUNK // piece + 1) if problem.pieces % n == 0)
+    if problem.pieces == 1 or problem.piece > CHUNK:
+        return math.gcd(problem.padded if problem.pieces == 1 else problem.piece, CHUNK)
+    return problem.piece * max(n for n in range(1, CHUNK // problem.piece + 1) if problem.pieces % n == 0)
 
 
 def each_chunk(problem, body):
     """body(pl.ds of its rows, where they lie) in a loop over the chunks of a row."""
-    size, piece = chunk_of_a_row(problem), problem.padded if problem.pieces == 1 else problem.piece
-    whole, parts = size // piece if problem.pieces > 1 else 0, max(1, piece // size)  # a block has more rows than a row
+    size = chunk_of_a_row(problem)
+
+    def at(i, rows):
+        if problem.pieces == 1:
+            return 0, 0, rows
+        if size >= problem.piece:
+            whole = size // problem.piece
+            return pl.ds(i * whole, whole), 0, slice(None)
+        parts = problem.piece // size
+        return jax.lax.div(i, parts), 0, pl.ds(pl.multiple_of(jax.lax.rem(i, parts) * size, 16), size)
 
     def run(i, carry):
         rows = pl.ds(pl.multiple_of(i * size, 16), size)
-        part = pl.ds(pl.multiple_of(jax.lax.rem(i, parts) * size, 16), size)
-        body(rows, (pl.ds(i * whole, whole), 0, slice(None)) if whole else (jax.lax.div(i, parts), 0, part))
+        body(rows, at(i, rows))
         return carry
 
     jax.lax.fori_loop(0, problem.padded // size, run, 0)

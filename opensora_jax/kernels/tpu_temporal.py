@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from opensora_jax.kernels import spec, tpu_channels
-from opensora_jax.kernels.tpu_lanes import LANES, Heads, dot, unknown_zero
+from opensora_jax.kernels.tpu_lanes import LANES, Heads, dot, lanes_of, unknown_zero
 
 TILE_ROWS = 128  # of scores, about; static schedules of v5e and v6e prefer it in both passes (2026-11-29)
 CHUNK_ROWS = 256  # normalised and rotated at once
@@ -155,10 +155,6 @@ def specs_of(extras, **options):
     return specs
 
 
-def lanes(tile):
-    return slice(tile * LANES, (tile + 1) * LANES)
-
-
 def words_of(x):
     return x if x.dtype == jnp.float32 else pltpu.bitcast(x, jnp.int32)
 
@@ -238,7 +234,7 @@ class Block:
         problem, step = self.problem, 8 if self.halves else self.problem.block
         words = step // problem.pack
         for start in range(0, problem.block, step):
-            x = ref[(*self.frames_at(chunk), pl.ds(start, step), lanes(tile))]
+            x = ref[(*self.frames_at(chunk), pl.ds(start, step), lanes_of(tile))]
             x = words_of(x.reshape(chunk.count * step, LANES)).reshape(chunk.count, words, LANES)
             x = self._existing(x, start // problem.pack)
             if words == problem.words:
@@ -261,7 +257,7 @@ class Block:
 
     def write(self, ref, tile: int, chunk: Chunk, words):
         x = values_of(words, self.dtype).reshape(chunk.count, self.problem.block, LANES)
-        ref[(*self.frames_at(chunk), slice(None), lanes(tile))] = x
+        ref[(*self.frames_at(chunk), slice(None), lanes_of(tile))] = x
 
     def give(self, ref, tiles, chunk: Chunk):
         """Some tiles as they are."""
@@ -272,7 +268,7 @@ class Block:
         """x [rows, 128] by a table of [2 or 1, frames or 1, 1, C]."""
         table = self.extras[name]
         frames = pl.ds(chunk.first, chunk.count) if table.shape[1] > 1 else slice(None)
-        table = table[which % table.shape[0], frames, :, lanes(tile)]
+        table = table[which % table.shape[0], frames, :, lanes_of(tile)]
         return (x.reshape(chunk.count, self.problem.block // 8, 8, LANES) * table[:, None]).reshape(x.shape)
 
     def turn(self, x, names: tuple[str, str], which: int, tile: int, chunk: Chunk):
@@ -304,7 +300,7 @@ class Block:
         """(tile, [rows, 128]) of marks over the lanes of their heads."""
         for pair in tpu_channels.pairs(self.heads):
             found = dot(marks, self.extras["spread"][:, tpu_channels.across(pair)])
-            yield from ((tile, found[:, lanes(i)]) for i, tile in enumerate(pair))
+            yield from ((tile, found[:, lanes_of(i)]) for i, tile in enumerate(pair))
 
     def prepare(self, refs, roots=None):
         """Everything into words; q and k normalised and rotated. roots: keeps 1 / root mean square as float32 marks."""
