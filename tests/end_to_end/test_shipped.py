@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -41,16 +42,24 @@ def test_its_clips_are_right_in_every_attribute(split, least, tmp_path):
     assert len(right) == 48 and np.mean(right) >= least, [text for text, ok in zip(texts, right) if not ok]
 
 
+def pace():
+    """How much longer a second's work takes here and now than on a quiet core of the machine that the limit was set on."""
+    began = time.process_time()
+    sum(i * i for i in range(10_000_000))
+    return (time.process_time() - began) / 0.65
+
+
 def test_one_clip_takes_under_twenty_seconds_from_the_command_line(tmp_path):
-    """Counted in seconds of a core, start and compilation included, so that other tests beside this one do not matter; twice
-    where a virtual machine is still being given its memory, whose first touch takes six times the second and counts as the program's."""
+    """Counted in seconds of a core, start and compilation included, so that other tests beside this one matter little, and at
+    the pace of the machine, which its neighbours may slow by half; twice where a virtual machine is still being given its memory,
+    whose first touch takes six times the second and counts as the program's."""
     seconds = []
     while not seconds or (len(seconds) < 2 and seconds[0] >= 20):
         folder = tmp_path / str(len(seconds))
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        before, slower = resource.getrusage(resource.RUSAGE_CHILDREN), pace()
         nothing_compiled = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
         (video,) = sample("--prompt=a red circle moving left", out=folder / "out", **nothing_compiled)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        after, slower = resource.getrusage(resource.RUSAGE_CHILDREN), max(1.0, slower, pace())
+        seconds.append((after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / slower)
     assert min(seconds) < 20, seconds
     assert len(read_frames(video)) == 17
