@@ -260,7 +260,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, extras, o_ref, *rest, problem):
     turn(peaks, last, None)
     for tile, (rows, at) in itertools.product(range(heads.tiles), row_chunks(problem, problem.block)):
         there = o_ref.at[(*at, lanes_of(tile))]
-        there[...] = heads.turned_tile(turned, tile, rows).T.astype(dtype).reshape(there.shape)
+        there[...] = heads.turned_tile(turned, tile, rows).astype(dtype).T.reshape(there.shape)
     if logs_ref:
         for head, mark in enumerate(tpu_channels.marks(heads)):
             turned[mark : mark + 2] = jnp.broadcast_to(logs[head], (2, problem.block))
@@ -280,7 +280,7 @@ def _prepare_values(problem, v_ref, extras, rows, at, values):
     """[heads, rows of a head and 8 of ones, padded]: products with the ones are sums of weights; zero where hidden."""
     heads, dtype = problem.heads, values.dtype
     read, shown = reader(v_ref, 0, heads, at), rows_shown(problem, extras, rows_valid(problem, rows), rows)
-    turn = functools.cache(lambda tile: existing(read(tile).astype(jnp.float32), shown).T)
+    turn = functools.cache(lambda tile: existing(read(tile), shown).T.astype(jnp.float32))
     ones = existing(jnp.ones((rows.stop - rows.start, LANES), jnp.float32), shown).T[:8]
     for head in range(heads.count):
         values[head, :, rows] = jnp.concatenate([heads.rows_of(turn, head), ones], 0).astype(dtype)

@@ -12,15 +12,16 @@ the sums over a head being marks (tpu_channels.py). Rotation stands before or be
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from opensora_jax.kernels import blocks, tpu_channels, tpu_slopes
+from opensora_jax.kernels import blocks, spec, tpu_channels, tpu_slopes
 from opensora_jax.kernels.spec import Call
-from opensora_jax.kernels.tpu_lanes import LANES, LOG2E, lanes_of, unknown_zero
+from opensora_jax.kernels.tpu_lanes import LANES, LOG2E, ONE_STORE, hold, lanes_of, unknown_zero, word
 from opensora_jax.kernels.tpu_rows import (
     chunk_of_a_row,
     each_chunk,
@@ -38,6 +39,7 @@ from opensora_jax.kernels.tpu_rows import (
 )
 
 STRAIGHT = 1024  # tokens of a padded row
+WAITING = 4  # tiles of weights and slopes
 
 
 def least_bytes(call: Call) -> int:
@@ -62,8 +64,12 @@ def gradients(qkv, extras, d_out, out, logs, problem):
     single = {} if double else {"pipeline_mode": pl.Buffered(1)}
     row = lambda width: pl.BlockSpec(whole_row(problem, padded, width), lambda i: (0, i, 0, 0), **single)
     out_specs, out_shape = [row(c3)], [jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)]
-    total = pltpu.VMEM((2, heads.rows, problem.padded), jnp.float32)
-    scratch = {"deltas": pltpu.VMEM((padded, LANES), qkv.dtype), "sums": [total, total]}
+    lengths = problem.padded, problem.padded, problem.block_backward
+    scratch = {"deltas": pltpu.VMEM((padded, LANES), qkv.dtype)}
+    scratch["sums"] = [pltpu.VMEM((2, heads.rows, length), jnp.float32) for length in lengths]
+    if spec.chip() not in ONE_STORE:
+        tile = tpu_slopes.KEY_TILE * qkv.dtype.itemsize // 4, tpu_slopes.QUERY_TILE
+        scratch["softened"] = pltpu.VMEM((2, WAITING, *tile), word(qkv.dtype.itemsize))
     normed = "norm" in extras
     if normed:
         out_specs.append(pl.BlockSpec((1, 2, 8, c3 // 3), lambda i: (i, 0, 0, 0)))
@@ -105,7 +111,7 @@ def _kernel(qkv_ref, do_ref, out_ref, logs_ref, extras, d_ref, *rest, problem):
 
 def _attend_back(row):
     problem = row.problem
-    heads, blocks = range(problem.heads.count), -(-problem.size // problem.block_backward)
+    heads, blocks = range(problem.heads.count), row.blocks
     if _is_straight(problem):
         for i in range(blocks):
             row.sum_deltas(i)
@@ -149,13 +155,14 @@ class _Row:
         self.whole = (0, 0, slice(0, self.padded)) if problem.pieces == 1 else (slice(None), 0, slice(None))
         self.valid = rows_inside(self.padded, problem.size) if self.padded != problem.size else None
         self.shown = rows_shown(problem, extras, self.valid)
+        self.blocks = -(-problem.size // self.rows)
         self.ragged = bool(self.valid is not None or problem.size % self.rows)
         queries = tpu_slopes.cuts(self.rows, tpu_slopes.QUERY_TILE)
         keys = tpu_slopes.cuts(self.padded, tpu_slopes.KEY_TILE)
         self.tiles = [(at_query, at_key) for at_query in queries for at_key in keys]
         self.stages = self.start, self.soften, self.finish
         self.keys, self.queries, self.products, self.softened, self.d_q = {}, {}, {}, {}, {}
-        self.normed, self.zero = "held" in scratch, unknown_zero(1)
+        self.normed, self.zero, self.count = "held" in scratch, unknown_zero(1), itertools.count()
         self.first = 0  # block of the loop that runs; all others count from it
 
     def at(self, i):
@@ -187,22 +194,31 @@ class _Row:
 
     def soften(self, head, i, at_query, at_key):
         tile = head, i, at_query.start, at_key.start
-        self.softened[tile] = tpu_slopes.slopes(*self.products.pop(tile), self.dtype)
+        found, slot = tpu_slopes.slopes(*self.products.pop(tile), self.dtype), next(self.count) % WAITING
+        if "softened" in self.scratch:
+            rows, lanes = (at_key.stop - at_key.start) * self.dtype.itemsize // 4, at_query.stop - at_query.start
+            there = [(which, slot, slice(rows), slice(lanes)) for which in range(2)]
+            held = [hold(self.scratch["softened"], at, x, self.zero) for at, x in zip(there, found)]
+            self.softened[tile] = lambda: [read() for read in held]
+        else:
+            self.softened[tile] = lambda: found
 
     def finish(self, head, i, at_query, at_key):
-        slopes = self.softened.pop((head, i, at_query.start, at_key.start))
-        *d_keys, dq = tpu_slopes.gradients(self.keys[head], self.queries[head, i], at_key, at_query, *slopes)
+        slopes = self.softened.pop((head, i, at_query.start, at_key.start))()
+        dv, dk, dq = tpu_slopes.gradients(self.keys[head], self.queries[head, i], at_key, at_query, *slopes)
         straight = isinstance(self.first, int)
-        for total, x in zip(self.sums, d_keys):
-            total[head % 2, :, at_key] = x if straight and i == at_query.start == 0 else total[head % 2, :, at_key] + x
-        parts = self.d_q.setdefault((head, i), [])
-        if at_key.start:
-            parts[-1] += dq
-        else:
-            parts.append(dq)
-        if at_query.stop == self.rows and at_key.stop == self.padded:
-            dq = jnp.concatenate(self.d_q.pop((head, i)), 1)
-            self._give(head, 0, self.at(i)[1], self._turned(dq, head) * (1 / LOG2E))
+        for total, x in zip(self.sums, (dv, dk)):
+            at = head % 2, slice(None), at_key
+            hold(total, at, x if straight and i == at_query.start == 0 else total[at] + x, self.zero)
+        total, at = self.sums[2], ((head * self.blocks + i) % 2, slice(None), at_query)
+        dq = dq if at_key.start == 0 else total[at] + dq
+        if at_key.stop != self.padded:
+            hold(total, at, dq, self.zero)
+            return
+        self.d_q.setdefault((head, i), []).append(dq)
+        if at_query.stop == self.rows:
+            dq = jnp.concatenate(self.d_q.pop((head, i)), 1) * (1 / LOG2E)
+            self._give(head, 0, self.at(i)[1], self._turned(dq, head))
             if straight and (i + 1) * self.rows >= self.problem.size:
                 self.close(head)
 
@@ -223,8 +239,9 @@ class _Row:
 
     def close(self, head):
         """Gradients of keys and values."""
-        dv, dk = (self._turned(total[head % 2], head) for total in self.sums)
-        self._give(head, 1, self.whole, dk * (self.scale / LOG2E))
+        dv, dk = (total[head % 2] for total in self.sums[:2])
+        dv, dk = (self._turned(x, head) for x in (dv, dk * (self.scale / LOG2E)))
+        self._give(head, 1, self.whole, dk)
         self._give(head, 2, self.whole, dv if self.shown is None else jnp.where(self.shown, dv, 0.0))
 
     def _turned(self, x, head):
@@ -271,7 +288,7 @@ class _Side:
     def __init__(self, row, which, rows, at):
         self.row, self.which, self.rows = row, which, rows
         self.x, self.d = (reader(ref, which, row.heads, at) for ref in (row.qkv_ref, row.d_ref))
-        self.valid = _valid(row.problem, rows)
+        self.valid, self.waiting = _valid(row.problem, rows), {}
         turned = "tables" in row.extras
         self.turned_first, self.turned_last = turned and not row.problem.norm_first, turned and row.problem.norm_first
 
@@ -293,11 +310,14 @@ class _Side:
 
     def products(self, tile):
         """w g u; the side that is behind a rotation is held."""
-        u, g, held = self.raw(tile), self.gradient(tile), self.row.scratch["held"]
+        u, g = self.raw(tile), self.gradient(tile)
+        there, at, zero = self.row.scratch["held"], (tile,), self.row.zero
         if self.turned_first:
-            u = held[tile] = tpu_channels.turn(u, self.tables(tile))
+            u = tpu_channels.turn(u, self.tables(tile))
+            self.waiting[tile] = hold(there, at, u, zero)
         if self.turned_last:
-            g = held[tile] = tpu_channels.turn_back(g, self.tables(tile))
+            g = tpu_channels.turn_back(g, self.tables(tile))
+            self.waiting[tile] = hold(there, at, g, zero)
         return (self.weight(tile) * g * u).astype(self.row.dtype)
 
     def normalised(self, d_norm_ref):
@@ -308,9 +328,8 @@ class _Side:
         root_of, along_of = (tpu_channels.spread_out(heads, spread, marks, dtype) for marks in (root, along))
 
         def undone(tile):
-            held = self.row.scratch["held"].at[self.row.zero + tile]
-            u = held[...] if self.turned_first else self.raw(tile)
-            g = (held[...] if self.turned_last else self.gradient(tile)) * root_of(tile)
+            u = self.waiting[tile]() if self.turned_first else self.raw(tile)
+            g = (self.waiting[tile]() if self.turned_last else self.gradient(tile)) * root_of(tile)
             d_norm_ref[0, self.which, :, lanes_of(tile)] += (g * u).reshape(-1, 8, LANES).sum(0)
             d = self.weight(tile) * g - u * along_of(tile)
             return tpu_channels.turn_back(d, self.tables(tile)) if self.turned_first else d

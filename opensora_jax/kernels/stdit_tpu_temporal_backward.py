@@ -18,8 +18,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from opensora_jax.kernels import blocks, tpu_channels, tpu_temporal
-from opensora_jax.kernels.tpu_lanes import COLUMNS_BY_COLUMNS, LANES, LOG2E, ROWS_BY_ROWS, dot, lanes_of
-from opensora_jax.kernels.tpu_temporal import FAR, Block, values_of, words_of
+from opensora_jax.kernels.tpu_lanes import (
+    COLUMNS_BY_COLUMNS,
+    LANES,
+    LOG2E,
+    ROWS_BY_ROWS,
+    dot,
+    hold,
+    lanes_of,
+    words_of,
+)
+from opensora_jax.kernels.tpu_temporal import FAR, Block
 
 ARRAYS = 4  # that lie in fast memory as words: q, k, v and the gradient of the result
 TOGETHER = 16  # heads
@@ -118,7 +127,7 @@ def kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
                 started[slot, head] = (
                     scores.max(0, keepdims=True),
                     held,
-                    block.hold(sides, item, *map(words_of, (q, k, do))),
+                    block.hold(sides, item, q, k, do),
                 )
             for slot, head in between:
                 # [keys, queries]: sums over keys cross no lanes. Both at once, of what is not divided yet.
@@ -128,10 +137,10 @@ def kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
                 share = jnp.where(peak > FAR / 2, 1.0 / weights.sum(0, keepdims=True), 0.0)
                 mean = share * (weights * d_weights).sum(0, keepdims=True)
                 weights = weights * share
-                results = (words_of(x.astype(dtype)) for x in (weights, weights * (d_weights - mean)))
+                results = (x.astype(dtype) for x in (weights, weights * (d_weights - mean)))
                 softened[slot, head] = block.hold(factors, slot * heads.count + head, *results), operands
             for slot, head in ending:
-                weights, slope, q, k, do = (values_of(x, dtype) for held in softened.pop((slot, head)) for x in held())
+                weights, slope, q, k, do = (x for held in softened.pop((slot, head)) for x in held())
                 gradients = dot(slope, k, COLUMNS_BY_COLUMNS), dot(slope, q), dot(weights, do)
                 for array, x in enumerate(gradients):
                     found[slot][array][head] = x * scales[array] if plain and array < 2 else x
@@ -160,9 +169,11 @@ def _undo(block, qkv_ref, d_ref, d_norm_ref, roots, chunk):
             put(which, tile, block.times(x, "weight", which, tile, chunk))
         return
 
+    waiting = {}
+
     def sides(which, tile):
-        """u and g; the one that is behind a rotation waits in `turned` since `products`."""
-        waited = block.turned[which][block.zero + tile, : rows.size]
+        """u and g; the one that is behind a rotation waits since `products`."""
+        waited = waiting[which, tile]()
         if problem.norm_first:
             return block.values(2 + which, tile, chunk).astype(jnp.float32), waited
         return waited, block.values(which, tile, chunk).astype(jnp.float32)
@@ -171,9 +182,10 @@ def _undo(block, qkv_ref, d_ref, d_norm_ref, roots, chunk):
         block.fetch(qkv_ref, which * tiles + tile, chunk, (2 + which) * tiles + tile)
         u, g = (block.values(array, tile, chunk) for array in (2 + which, which))
         if problem.norm_first:
-            g = block.turned[which][tile, : rows.size] = block.turn(g, BACK, which, tile, chunk)
+            g = waited = block.turn(g, BACK, which, tile, chunk)
         else:
-            u = block.turned[which][tile, : rows.size] = block.turn(u, ("a", "b"), which, tile, chunk)
+            u = waited = block.turn(u, ("a", "b"), which, tile, chunk)
+        waiting[which, tile] = hold(block.turned[which], (tile, slice(rows.size)), waited, block.zero)
         return (block.times(g.astype(jnp.float32), "weight", which, tile, chunk) * u.astype(jnp.float32)).astype(
             block.dtype
         )

@@ -13,10 +13,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from opensora_jax.kernels.spec import Unsupported
 
 LANES = 128
+ONE_STORE = ("v4", "v5e", "v5p")  # chips that store one register at a time
 LOG2E = math.log2(math.e)
 HIDE = -1e9  # added to the logits (in powers of two) of hidden keys
 TINY = 1e-30
@@ -131,6 +133,29 @@ def unknown_zero(axes: int):
     """Zero, which the compiler does not know: what is read at it comes from memory, not from registers that were too few. It
     does know an index of a grid's axis of one; of all axes some are longer."""
     return jax.lax.shift_right_logical(sum(map(pl.program_id, range(axes))), 30)
+
+
+def hold(ref, at: tuple, x, zero):
+    """Writes x to ref[at], as words, and gives the function that reads it. The mask is zero == 0, which the compiler does not
+    know (`unknown_zero`): what it knows to be in memory it keeps in registers too, and spills them when they are too few."""
+    words = words_of(x)
+    there = ref.at[tuple(pl.ds(i, 1) if isinstance(i, int) else i for i in at)]  # interpreted, masks want no plain numbers
+    pltpu.store(there, words.reshape(there.shape), mask=jnp.full(there.shape, zero) == 0)
+    return lambda: values_of(there[...].reshape(words.shape), x.dtype)
+
+
+def word(itemsize: int):
+    """The type of words of values of so many bytes."""
+    return jnp.float32 if itemsize == 4 else jnp.int32
+
+
+def words_of(x):
+    """Whole registers of 32 bits: float32 as it is, of bfloat16 two rows in one."""
+    return x if x.dtype == jnp.float32 else pltpu.bitcast(x, jnp.int32)
+
+
+def values_of(words, dtype):
+    return words if dtype == jnp.float32 else pltpu.bitcast(words, dtype)
 
 
 def lanes_of(tile: int) -> slice:

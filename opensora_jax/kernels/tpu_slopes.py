@@ -44,7 +44,8 @@ def key_operands(heads: Heads, head: int, k, v, shown) -> Keys:
     k, v = jnp.where(own, k, met), jnp.where(own, v, met.astype(v.dtype))
     if shown is not None:
         k, v = jnp.where(shown, k, 0.0), jnp.where(shown, v, jnp.zeros((), v.dtype))
-    return Keys(k.astype(v.dtype), v, heads.take_rows(k.T, head).astype(v.dtype))
+    k = k.astype(v.dtype)
+    return Keys(k, v, _turned(heads, head, k))
 
 
 def query_operands(heads: Heads, head: int, q, do, logs, deltas, exists) -> Queries:
@@ -54,8 +55,12 @@ def query_operands(heads: Heads, head: int, q, do, logs, deltas, exists) -> Quer
     q, do = (jnp.where(own, x, marks) for x, marks in ((q, logs), (do, deltas)))
     if exists is not None:
         q, do = (jnp.where(exists, x, zero) for x in (q, do))
-    turned = lambda x: heads.take_rows(x.astype(jnp.float32).T, head).astype(x.dtype)
-    return Queries(q, do, turned(q), turned(do))
+    return Queries(q, do, _turned(heads, head, q), _turned(heads, head, do))
+
+
+def _turned(heads: Heads, head: int, x):
+    """[dim, rows]; two halves of a head join in float32, whose registers hold as many rows as they begin at."""
+    return heads.take_rows(x.T.astype(jnp.float32), head).astype(x.dtype)
 
 
 def deltas(heads: Heads, do, out, spread, dtype):

@@ -15,14 +15,23 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from opensora_jax.kernels import spec, tpu_channels
-from opensora_jax.kernels.tpu_lanes import LANES, Heads, dot, lanes_of, unknown_zero
+from opensora_jax.kernels import spec, tpu_channels, tpu_lanes
+from opensora_jax.kernels.tpu_lanes import (
+    LANES,
+    ONE_STORE,
+    Heads,
+    dot,
+    hold,
+    lanes_of,
+    unknown_zero,
+    values_of,
+    words_of,
+)
 
 TILE_ROWS = 128  # of scores, about; static schedules of v5e and v6e prefer it in both passes (2026-11-29)
 CHUNK_ROWS = 256  # normalised and rotated at once
 PERIOD = 8  # lanes of a position's code: four bits and their complements, so 16 positions a tile
 FAR = -1e9
-JOIN_IN_MEMORY = ("v4", "v5e", "v5p")  # chips that join two half registers by two stores and a load
 
 
 class Problem(NamedTuple):
@@ -95,7 +104,7 @@ class Problem(NamedTuple):
 
     @property
     def word(self):
-        return jnp.float32 if self.itemsize == 4 else jnp.int32
+        return tpu_lanes.word(self.itemsize)
 
     def scratch(self, arrays: int) -> list:
         """Of so many arrays of C channels as words; and of q and k of a chunk in float32."""
@@ -155,14 +164,6 @@ def specs_of(extras, **options):
     return specs
 
 
-def words_of(x):
-    return x if x.dtype == jnp.float32 else pltpu.bitcast(x, jnp.int32)
-
-
-def values_of(words, dtype):
-    return words if dtype == jnp.float32 else pltpu.bitcast(words, dtype)
-
-
 def eights(words):
     """[n, 128] as whole registers."""
     return words.reshape(-1, 8, LANES)
@@ -184,8 +185,8 @@ class Block:
         self.words, self.turned = words, turned
         self.exist = problem.positions - pl.program_id(1) * problem.block  # positions from the first one on
         self.zero = unknown_zero(2)
-        # Half-filled registers of bfloat16 stay apart.
-        self.halves = problem.pack > 1 and spec.chip() in JOIN_IN_MEMORY
+        # Half-filled registers of bfloat16 stay apart where two stores and a load would join them.
+        self.halves = problem.pack > 1 and spec.chip() in ONE_STORE
         self.lane = jax.lax.broadcasted_iota(jnp.int32, (8, LANES), 1)
 
     def each_chunk(self, body):
@@ -289,9 +290,8 @@ class Block:
         if not there:
             return lambda: values
         ref = there[item % len(there)]
-        for i, x in enumerate(values):
-            ref[i] = x
-        return lambda: [ref[self.zero + i] for i in range(len(values))]
+        found = [hold(ref, (i,), x, self.zero) for i, x in enumerate(values)]
+        return lambda: [read() for read in found]
 
     def collect(self, tile_of):
         return tpu_channels.collect(self.heads, self.extras["spread"], tile_of)
@@ -323,10 +323,12 @@ class Block:
                     )
             return
 
+        waiting = {}
+
         def squares(which, tile):
             x = self.values(which, tile, chunk)
             turned = self.turn(x, ("a", "b"), which, tile, chunk)
-            self.turned[which][tile, : rows.size] = turned
+            waiting[which, tile] = hold(self.turned[which], (tile, slice(rows.size)), turned, self.zero)
             source = turned.astype(self.dtype) if "last" in self.extras else x
             return source * source
 
@@ -336,7 +338,7 @@ class Block:
             if roots is not None:
                 roots[which, rows] = found[which]
             for tile, root in self.spread(tpu_channels.split(found[which], self.dtype)):
-                x = self.turned[which][self.zero + tile, : rows.size] * root
+                x = waiting[which, tile]() * root
                 x = self.times(x, "last", which, tile, chunk) if "last" in self.extras else x
                 self.put(which, tile, chunk, x)
 
