@@ -29,6 +29,7 @@ from opensora_jax.kernels.tpu_lanes import (
     ROWS_BY_ROWS,
     TINY,
     Heads,
+    choose,
     dot,
     lanes_of,
     norm_rows,
@@ -292,11 +293,10 @@ def _prepare_queries(problem, q_ref, extras, rows, at, queries):
     first = pl.multiple_of(pl.program_id(1) * problem.block + rows.start, 16)
     read, normed = reader(q_ref, 0, heads, at), "spread" in extras
     tiles = prepared(problem, extras, 0, read, pl.ds(first, size), None, dtype, normed)
-    one = 1.0 if hides_keys(problem, extras) else 0.0
-    lane = jax.lax.broadcasted_iota(jnp.int32, (size, LANES), 1)
+    ones = jnp.full((size, LANES), 1.0 if hides_keys(problem, extras) else 0.0, dtype)
     for head in range(heads.count):
-        other = jnp.where(lane == heads.spare(head), one, 0.0).astype(dtype)
-        queries[head, rows] = jnp.where(heads.within(head, lane), heads.gather(tiles, head), other)
+        other = choose(lambda lane, head=head: lane == heads.spare(head), ones, jnp.zeros_like(ones))
+        queries[head, rows] = choose(functools.partial(heads.within, head), heads.gather(tiles, head), other)
 
 
 def forward_call(name, q, k, v, lanes, extras, problem, logs=False):

@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from opensora_jax.kernels import blocks, spec, tpu_channels, tpu_slopes
 from opensora_jax.kernels.spec import Call
-from opensora_jax.kernels.tpu_lanes import LANES, LOG2E, ONE_STORE, hold, lanes_of, unknown_zero, word
+from opensora_jax.kernels.tpu_lanes import LANES, LOG2E, OLDER, choose, hold, lanes_of, unknown_zero, word
 from opensora_jax.kernels.tpu_rows import (
     chunk_of_a_row,
     each_chunk,
@@ -67,7 +67,7 @@ def gradients(qkv, extras, d_out, out, logs, problem):
     lengths = problem.padded, problem.padded, problem.block_backward
     scratch = {"deltas": pltpu.VMEM((padded, LANES), qkv.dtype)}
     scratch["sums"] = [pltpu.VMEM((2, heads.rows, length), jnp.float32) for length in lengths]
-    if spec.chip() not in ONE_STORE:
+    if spec.chip() not in OLDER:
         tile = tpu_slopes.KEY_TILE * qkv.dtype.itemsize // 4, tpu_slopes.QUERY_TILE
         scratch["softened"] = pltpu.VMEM((2, WAITING, *tile), word(qkv.dtype.itemsize))
     normed = "norm" in extras
@@ -253,13 +253,13 @@ class _Row:
         in order: what lies before the head in its first tile is kept; what lies behind it in its last tile is written later,
         and kept where it is a q or k that is still to be read."""
         tile, first, spans = self.heads.place(head)
-        x, lane = x.astype(self.dtype), jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+        x, dim = x.astype(self.dtype), self.heads.dim
         for step in range(1 + spans):
             there = self.d_ref.at[(*at, lanes_of(which * self.heads.tiles + tile + step))]
-            own, end = (lane >= first if step == 0 and first else None), first + self.heads.dim - step * LANES
+            old, end = there[...].reshape(x.shape), first + dim - step * LANES
+            merged = choose(lambda lane: lane >= first, x, old) if first and step == 0 else x
             if self.ready is self.d_ref and which < 2 and end < LANES:
-                own = lane < end if own is None else own & (lane < end)
-            merged = x if own is None else jnp.where(own, x, there[...].reshape(x.shape))
+                merged = choose(lambda lane, end=end: lane < end, merged, old)
             there[...] = merged.reshape(there.shape)
 
 

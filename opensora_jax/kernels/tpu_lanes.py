@@ -15,10 +15,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from opensora_jax.kernels import spec
 from opensora_jax.kernels.spec import Unsupported
 
 LANES = 128
-ONE_STORE = ("v4", "v5e", "v5p")  # chips that store one register at a time
+OLDER = (
+    "v4",
+    "v5e",
+    "v5p",
+)  # chips that store one register at a time, and join halves of registers of bfloat16 in memory
 LOG2E = math.log2(math.e)
 HIDE = -1e9  # added to the logits (in powers of two) of hidden keys
 TINY = 1e-30
@@ -117,8 +122,7 @@ class Heads(NamedTuple):
         x = read(tile)
         if not spans:
             return x
-        lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-        return jnp.where(lane >= first, x, read(tile + 1))
+        return choose(lambda lane: lane >= first, x, read(tile + 1))
 
     def scatter(self, tiles: list, head: int, x):
         """Puts the head's lanes of x into the list of tiles; heads must come in order."""
@@ -139,9 +143,20 @@ def hold(ref, at: tuple, x, zero):
     """Writes x to ref[at], as words, and gives the function that reads it. The mask is zero == 0, which the compiler does not
     know (`unknown_zero`): what it knows to be in memory it keeps in registers too, and spills them when they are too few."""
     words = words_of(x)
-    there = ref.at[tuple(pl.ds(i, 1) if isinstance(i, int) else i for i in at)]  # interpreted, masks want no plain numbers
+    there = ref.at[
+        tuple(pl.ds(i, 1) if isinstance(i, int) else i for i in at)
+    ]  # interpreted, masks want no plain numbers
     pltpu.store(there, words.reshape(there.shape), mask=jnp.full(there.shape, zero) == 0)
     return lambda: values_of(there[...].reshape(words.shape), x.dtype)
+
+
+def choose(inside, x, other):
+    """x in lanes where inside(lane), else the other: as words, of which there are fewer, where the chip has them so."""
+    if spec.chip() in OLDER:
+        return jnp.where(inside(jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)), x, other)
+    x_words, other_words = words_of(x), words_of(other)
+    chosen = inside(jax.lax.broadcasted_iota(jnp.int32, x_words.shape, 1))
+    return values_of(jnp.where(chosen, x_words, other_words), x.dtype)
 
 
 def word(itemsize: int):

@@ -8,13 +8,13 @@ and two roundings. The three products behind them stream a head's 72 transposed 
 the matrix unit holds: as [tile, 128] they would leave half of it empty.
 """
 
+import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from opensora_jax.kernels import tpu_channels
-from opensora_jax.kernels.tpu_lanes import LANES, ROWS_BY_ROWS, Heads, dot
+from opensora_jax.kernels.tpu_lanes import LANES, ROWS_BY_ROWS, Heads, choose, dot
 
 # v6e, 2026-11-29: bundles for a head of 1024 tokens; 256 x 512 4232, 512 x 256 4400, 1024 x 256 5000.
 KEY_TILE = QUERY_TILE = 256
@@ -39,20 +39,19 @@ class Queries(NamedTuple):
 
 def key_operands(heads: Heads, head: int, k, v, shown) -> Keys:
     """k: float32 and scaled, v as it lies. Hidden keys are zero: their slopes are, and their dv is not to be used."""
-    own, lane = heads.own(head, k.shape[0]), jax.lax.broadcasted_iota(jnp.int32, k.shape, 1) & ~1
-    met = (lane == tpu_channels.marks(heads)[head]).astype(jnp.float32)
-    k, v = jnp.where(own, k, met), jnp.where(own, v, met.astype(v.dtype))
+    mark, own = tpu_channels.marks(heads)[head], functools.partial(heads.within, head)
+    met = choose(lambda lane: lane & ~1 == mark, jnp.ones_like(k), jnp.zeros_like(k))
+    k, v = choose(own, k, met).astype(v.dtype), choose(own, v, met.astype(v.dtype))
     if shown is not None:
-        k, v = jnp.where(shown, k, 0.0), jnp.where(shown, v, jnp.zeros((), v.dtype))
-    k = k.astype(v.dtype)
+        k, v = (jnp.where(shown, x, jnp.zeros((), x.dtype)) for x in (k, v))
     return Keys(k, v, _turned(heads, head, k))
 
 
 def query_operands(heads: Heads, head: int, q, do, logs, deltas, exists) -> Queries:
     """logs, deltas: marks (tpu_channels.py) of minus the logarithms and minus the sums of gradient times output; those of
     other heads meet zeros."""
-    own, zero = heads.own(head, q.shape[0]), jnp.zeros((), q.dtype)
-    q, do = (jnp.where(own, x, marks) for x, marks in ((q, logs), (do, deltas)))
+    own, zero = functools.partial(heads.within, head), jnp.zeros((), q.dtype)
+    q, do = (choose(own, x, marks) for x, marks in ((q, logs), (do, deltas)))
     if exists is not None:
         q, do = (jnp.where(exists, x, zero) for x in (q, do))
     return Queries(q, do, _turned(heads, head, q), _turned(heads, head, do))

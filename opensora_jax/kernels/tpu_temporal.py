@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from opensora_jax.kernels import spec, tpu_channels, tpu_lanes
 from opensora_jax.kernels.tpu_lanes import (
     LANES,
-    ONE_STORE,
+    OLDER,
     Heads,
     dot,
     hold,
@@ -185,8 +185,8 @@ class Block:
         self.words, self.turned = words, turned
         self.exist = problem.positions - pl.program_id(1) * problem.block  # positions from the first one on
         self.zero = unknown_zero(2)
-        # Half-filled registers of bfloat16 stay apart where two stores and a load would join them.
-        self.halves = problem.pack > 1 and spec.chip() in ONE_STORE
+        # Half-filled registers of bfloat16 stay apart.
+        self.halves = problem.pack > 1 and spec.chip() in OLDER
         self.lane = jax.lax.broadcasted_iota(jnp.int32, (8, LANES), 1)
 
     def each_chunk(self, body):

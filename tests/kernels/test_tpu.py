@@ -79,7 +79,7 @@ def test_frames_in_chunks_that_overlap(name, frames, monkeypatch):
 
 @pytest.mark.parametrize("name, frames", [("v1.1 temporal T=16 360p", 7), ("v1.2 temporal T=15 360p", 24)])
 def test_frames_where_half_registers_stay_apart(name, frames, monkeypatch):
-    monkeypatch.setattr(tpu_temporal, "ONE_STORE", ("cpu",))
+    monkeypatch.setattr(tpu_temporal, "OLDER", ("cpu",))
     case = replace(BY_NAME[name].small(), batch=1, queries=frames, heads=4, head_dim=32)
     check(case, "bfloat16", functools.partial(stdit_attention, implementation="pallas_tpu"))
 
