@@ -184,9 +184,10 @@ def whole_pieces(piece: int, pieces: int, most: int) -> int:
 
 
 def even_blocks(size: int, most: int) -> int:
-    """The smallest multiple of 16 that covers `size` in as few blocks as `most` would."""
-    count = -(-size // most)
-    return -(-size // (count * 16)) * 16
+    """What covers `size` in as few blocks as `most` would: whole tiles of lanes, which scores have along queries, or a multiple
+    of 16 in shorter rows."""
+    count, step = -(-size // most), LANES if size > LANES else 16
+    return -(-size // (count * step)) * step
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

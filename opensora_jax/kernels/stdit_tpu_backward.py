@@ -21,13 +21,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from opensora_jax.kernels import blocks, spec, tpu_channels, tpu_slopes
 from opensora_jax.kernels.spec import Call
-from opensora_jax.kernels.tpu_lanes import LANES, LOG2E, OLDER, choose, hold, lanes_of, unknown_zero, word
+from opensora_jax.kernels.tpu_lanes import LANES, LOG2E, OLDER, hold, lanes_of, unknown_zero, word
 from opensora_jax.kernels.tpu_rows import (
     chunk_of_a_row,
     each_chunk,
     existing,
     extra_bytes,
     extra_specs,
+    first_rows,
     prepared,
     reader,
     row_sizes,
@@ -153,10 +154,7 @@ class _Row:
         self.scale = problem.scale if self.ready is qkv_ref else 1.0  # that k does not have yet
         self.dtype, self.rows, self.padded = qkv_ref.dtype, problem.block_backward, problem.padded
         self.whole = (0, 0, slice(0, self.padded)) if problem.pieces == 1 else (slice(None), 0, slice(None))
-        self.valid = rows_inside(self.padded, problem.size) if self.padded != problem.size else None
-        self.shown = rows_shown(problem, extras, self.valid)
         self.blocks = -(-problem.size // self.rows)
-        self.ragged = bool(self.valid is not None or problem.size % self.rows)
         queries = tpu_slopes.cuts(self.rows, tpu_slopes.QUERY_TILE)
         keys = tpu_slopes.cuts(self.padded, tpu_slopes.KEY_TILE)
         self.tiles = [(at_query, at_key) for at_query in queries for at_key in keys]
@@ -228,21 +226,35 @@ class _Row:
 
     def open(self, head):
         k, v = (self._read(head, which, self.whole) for which in (1, 2))
-        self.keys[head] = tpu_slopes.key_operands(self.heads, head, k.astype(jnp.float32) * self.scale, v, self.shown)
+        self.keys[head] = tpu_slopes.key_operands(self.heads, head, k.astype(jnp.float32) * self.scale, v, self._shown)
 
     def _queries(self, head, i):
         first, at = self.at(i)
-        exists = rows_inside(self.rows, self.problem.size, first) if self.ragged else None
         do = self.heads.gather(reader(self.do_ref, 0, self.heads, at), head)
         marks = self.logs_ref[at].reshape(self.rows, LANES), self.deltas[pl.ds(first, self.rows), :]
-        return tpu_slopes.query_operands(self.heads, head, self._read(head, 0, at), do, *marks, exists)
+        return tpu_slopes.query_operands(
+            self.heads, head, self._read(head, 0, at), do, *marks, functools.partial(self._exist, first)
+        )
 
     def close(self, head):
         """Gradients of keys and values."""
         dv, dk = (total[head % 2] for total in self.sums[:2])
         dv, dk = (self._turned(x, head) for x in (dv, dk * (self.scale / LOG2E)))
         self._give(head, 1, self.whole, dk)
-        self._give(head, 2, self.whole, dv if self.shown is None else jnp.where(self.shown, dv, 0.0))
+        self._give(head, 2, self.whole, self._shown(dv))
+
+    def _exist(self, first, x):
+        """x, queries from the first one on; zero beyond the last one of the row."""
+        if isinstance(first, int):
+            return first_rows(x, self.problem.size - first)
+        if self.problem.size % self.rows == 0:
+            return x
+        return existing(x, rows_inside(self.rows, self.problem.size, first))
+
+    def _shown(self, x):
+        """x, all keys; zero where no query sees them."""
+        x = first_rows(x, self.problem.size)
+        return existing(x, rows_shown(self.problem, self.extras, None))
 
     def _turned(self, x, head):
         """[rows, 128] of [channels of a head, rows]."""
@@ -253,13 +265,13 @@ class _Row:
         in order: what lies before the head in its first tile is kept; what lies behind it in its last tile is written later,
         and kept where it is a q or k that is still to be read."""
         tile, first, spans = self.heads.place(head)
-        x, dim = x.astype(self.dtype), self.heads.dim
+        x, lane = x.astype(self.dtype), jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
         for step in range(1 + spans):
             there = self.d_ref.at[(*at, lanes_of(which * self.heads.tiles + tile + step))]
-            old, end = there[...].reshape(x.shape), first + dim - step * LANES
-            merged = choose(lambda lane: lane >= first, x, old) if first and step == 0 else x
+            own, end = (lane >= first if step == 0 and first else None), first + self.heads.dim - step * LANES
             if self.ready is self.d_ref and which < 2 and end < LANES:
-                merged = choose(lambda lane, end=end: lane < end, merged, old)
+                own = lane < end if own is None else own & (lane < end)
+            merged = x if own is None else jnp.where(own, x, there[...].reshape(x.shape))
             there[...] = merged.reshape(there.shape)
 
 
@@ -309,15 +321,11 @@ class _Side:
         return tpu_channels.turn_back(self.gradient(tile), self.tables(tile)) * self.weight(tile)
 
     def products(self, tile):
-        """w g u; the side that is behind a rotation is held."""
+        """w g u. One of the two is held: g where it was rotated back, else u."""
         u, g = self.raw(tile), self.gradient(tile)
-        there, at, zero = self.row.scratch["held"], (tile,), self.row.zero
-        if self.turned_first:
-            u = tpu_channels.turn(u, self.tables(tile))
-            self.waiting[tile] = hold(there, at, u, zero)
-        if self.turned_last:
-            g = tpu_channels.turn_back(g, self.tables(tile))
-            self.waiting[tile] = hold(there, at, g, zero)
+        u = tpu_channels.turn(u, self.tables(tile)) if self.turned_first else u
+        g = tpu_channels.turn_back(g, self.tables(tile)) if self.turned_last else g
+        self.waiting[tile] = hold(self.row.scratch["held"], (tile,), g if self.turned_last else u, self.row.zero)
         return (self.weight(tile) * g * u).astype(self.row.dtype)
 
     def normalised(self, d_norm_ref):
@@ -328,8 +336,9 @@ class _Side:
         root_of, along_of = (tpu_channels.spread_out(heads, spread, marks, dtype) for marks in (root, along))
 
         def undone(tile):
-            u = self.waiting[tile]() if self.turned_first else self.raw(tile)
-            g = (self.waiting[tile]() if self.turned_last else self.gradient(tile)) * root_of(tile)
+            held = self.waiting[tile]()
+            u, g = (self.raw(tile), held) if self.turned_last else (held, self.gradient(tile))
+            g = g * root_of(tile)
             d_norm_ref[0, self.which, :, lanes_of(tile)] += (g * u).reshape(-1, 8, LANES).sum(0)
             d = self.weight(tile) * g - u * along_of(tile)
             return tpu_channels.turn_back(d, self.tables(tile)) if self.turned_first else d
@@ -343,5 +352,7 @@ def _put(ref, tile, at, x):
 
 
 def _valid(problem, rows):
-    """[rows, 128] bool: those that exist, or None where all do; rows: pl.ds."""
-    return rows_inside(rows.size, problem.size, rows.start) if problem.padded != problem.size else None
+    """[rows, 128] bool: those that exist, or None where all do; rows: of each_chunk."""
+    if not isinstance(rows.start, int) or rows.start + rows.size <= problem.size:
+        return None
+    return rows_inside(rows.size, problem.size, rows.start)

@@ -85,7 +85,7 @@ def turning(extras, rows, tile: int):
 
 def existing(x, valid):
     """Zero elsewhere; valid: rows, or None for all."""
-    return x if valid is None else jnp.where(valid, x, 0.0)
+    return x if valid is None else jnp.where(valid, x, jnp.zeros((), x.dtype))
 
 
 def reader(ref, which, heads: Heads, at=(...,)):
@@ -112,8 +112,10 @@ def chunk_of_a_row(problem) -> int:
 
 
 def each_chunk(problem, body):
-    """body(pl.ds of its rows, where they lie) in a loop over the chunks of a row."""
+    """body(pl.ds of its rows, where they lie) in a loop over the chunks of a row; those with rows that do not exist come after
+    it, and begin at numbers."""
     size = chunk_of_a_row(problem)
+    whole = problem.size // size
 
     def at(i, rows):
         if problem.pieces == 1:
@@ -129,7 +131,10 @@ def each_chunk(problem, body):
         body(rows, at(i, rows))
         return carry
 
-    jax.lax.fori_loop(0, problem.padded // size, run, 0)
+    jax.lax.fori_loop(0, whole, run, 0)
+    for i in range(whole, problem.padded // size):
+        rows = pl.ds(i * size, size)
+        body(rows, at(i, rows))
 
 
 def rows_valid(problem, rows: slice):
@@ -142,6 +147,16 @@ def rows_valid(problem, rows: slice):
 def rows_inside(rows: int, size, first=0):
     """[rows, 128] bool: rows that exist."""
     return first + jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 0) < size
+
+
+def first_rows(x, count: int):
+    """Zero from there on; only the registers that a mask changes go through one."""
+    whole = max(0, count // 16 * 16)
+    if count >= x.shape[0]:
+        return x
+    tail = x[whole:]
+    tail = jnp.where(jax.lax.broadcasted_iota(jnp.int32, tail.shape, 0) < count - whole, tail, jnp.zeros((), x.dtype))
+    return jnp.concatenate([x[:whole], tail], 0) if whole else tail
 
 
 def own_float(read, heads, head, rows, valid):

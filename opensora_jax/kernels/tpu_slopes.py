@@ -38,22 +38,19 @@ class Queries(NamedTuple):
 
 
 def key_operands(heads: Heads, head: int, k, v, shown) -> Keys:
-    """k: float32 and scaled, v as it lies. Hidden keys are zero: their slopes are, and their dv is not to be used."""
+    """k: float32 and scaled, v as it lies. shown(rows): zero where no query sees them. Hidden keys are zero: their slopes are, and their dv is not to be used."""
     mark, own = tpu_channels.marks(heads)[head], functools.partial(heads.within, head)
     met = choose(lambda lane: lane & ~1 == mark, jnp.ones_like(k), jnp.zeros_like(k))
     k, v = choose(own, k, met).astype(v.dtype), choose(own, v, met.astype(v.dtype))
-    if shown is not None:
-        k, v = (jnp.where(shown, x, jnp.zeros((), x.dtype)) for x in (k, v))
+    k, v = shown(k), shown(v)
     return Keys(k, v, _turned(heads, head, k))
 
 
 def query_operands(heads: Heads, head: int, q, do, logs, deltas, exists) -> Queries:
     """logs, deltas: marks (tpu_channels.py) of minus the logarithms and minus the sums of gradient times output; those of
-    other heads meet zeros."""
-    own, zero = functools.partial(heads.within, head), jnp.zeros((), q.dtype)
-    q, do = (choose(own, x, marks) for x, marks in ((q, logs), (do, deltas)))
-    if exists is not None:
-        q, do = (jnp.where(exists, x, zero) for x in (q, do))
+    other heads meet zeros. exists(rows): zero beyond the last one."""
+    own = functools.partial(heads.within, head)
+    q, do = (exists(choose(own, x, marks)) for x, marks in ((q, logs), (do, deltas)))
     return Queries(q, do, _turned(heads, head, q), _turned(heads, head, do))
 
 
