@@ -19,11 +19,8 @@ from opensora_jax.kernels import spec
 from opensora_jax.kernels.spec import Unsupported
 
 LANES = 128
-OLDER = (
-    "v4",
-    "v5e",
-    "v5p",
-)  # chips that store one register at a time, and join halves of registers of bfloat16 in memory
+# Chips that store one register at a time, and join halves of registers of bfloat16 in memory.
+OLDER = ("v4", "v5e", "v5p")
 LOG2E = math.log2(math.e)
 HIDE = -1e9  # added to the logits (in powers of two) of hidden keys
 TINY = 1e-30
@@ -143,9 +140,8 @@ def hold(ref, at: tuple, x, zero):
     """Writes x to ref[at], as words, and gives the function that reads it. The mask is zero == 0, which the compiler does not
     know (`unknown_zero`): what it knows to be in memory it keeps in registers too, and spills them when they are too few."""
     words = words_of(x)
-    there = ref.at[
-        tuple(pl.ds(i, 1) if isinstance(i, int) else i for i in at)
-    ]  # interpreted, masks want no plain numbers
+    # Pallas' interpreter takes no plain numbers beside a mask.
+    there = ref.at[tuple(pl.ds(i, 1) if isinstance(i, int) else i for i in at)]
     pltpu.store(there, words.reshape(there.shape), mask=jnp.full(there.shape, zero) == 0)
     return lambda: values_of(there[...].reshape(words.shape), x.dtype)
 

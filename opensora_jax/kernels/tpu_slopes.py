@@ -38,7 +38,8 @@ class Queries(NamedTuple):
 
 
 def key_operands(heads: Heads, head: int, k, v, shown) -> Keys:
-    """k: float32 and scaled, v as it lies. shown(rows): zero where no query sees them. Hidden keys are zero: their slopes are, and their dv is not to be used."""
+    """k: float32 and scaled, v as it lies; shown(rows): zero where no query sees them. Slopes of hidden keys are zero, their dv
+    is not to be used."""
     mark, own = tpu_channels.marks(heads)[head], functools.partial(heads.within, head)
     met = choose(lambda lane: lane & ~1 == mark, jnp.ones_like(k), jnp.zeros_like(k))
     k, v = choose(own, k, met).astype(v.dtype), choose(own, v, met.astype(v.dtype))
