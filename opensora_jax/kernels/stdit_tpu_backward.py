@@ -65,9 +65,13 @@ def gradients(qkv, extras, d_out, out, logs, problem):
     single = {} if double else {"pipeline_mode": pl.Buffered(1)}
     row = lambda width: pl.BlockSpec(whole_row(problem, padded, width), lambda i: (0, i, 0, 0), **single)
     out_specs, out_shape = [row(c3)], [jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)]
-    lengths = problem.padded, problem.padded, problem.block_backward
+    total = lambda rows: pltpu.VMEM((2, heads.rows, rows), jnp.float32)
     scratch = {"deltas": pltpu.VMEM((padded, LANES), qkv.dtype)}
-    scratch["sums"] = [pltpu.VMEM((2, heads.rows, length), jnp.float32) for length in lengths]
+    scratch |= {
+        "d_values": total(problem.padded),
+        "d_keys": total(problem.padded),
+        "d_queries": total(problem.block_backward),
+    }
     if spec.chip() not in OLDER:
         tile = tpu_slopes.KEY_TILE * qkv.dtype.itemsize // 4, tpu_slopes.QUERY_TILE
         scratch["softened"] = pltpu.VMEM((2, WAITING, *tile), word(qkv.dtype.itemsize))
@@ -129,7 +133,7 @@ def _attend_back(row):
     jax.lax.fori_loop(0, blocks, deltas_of_block, 0)
     for head in heads:
         row.open(head)
-        for total in row.sums:
+        for total in row.key_sums:
             total[head % 2] = jnp.zeros_like(total[0])
 
         def block(i, carry, head=head):
@@ -147,7 +151,8 @@ class _Row:
     def __init__(self, problem, extras, qkv_ref, do_ref, out_ref, logs_ref, d_ref, scratch):
         self.problem, self.heads, self.extras = problem, problem.heads, extras
         self.qkv_ref, self.do_ref, self.out_ref, self.logs_ref = qkv_ref, do_ref, out_ref, logs_ref
-        self.d_ref, self.scratch, self.deltas, self.sums = d_ref, scratch, scratch["deltas"], scratch["sums"]
+        self.d_ref, self.scratch, self.deltas = d_ref, scratch, scratch["deltas"]
+        self.key_sums, self.query_sum = (scratch["d_values"], scratch["d_keys"]), scratch["d_queries"]
         # Where q and k lie ready. In long rows their gradients take their place; in a straight line each head would then
         # wait for the one before.
         self.ready = scratch.get("ready", d_ref) if "weight" in extras else qkv_ref
@@ -205,10 +210,10 @@ class _Row:
         slopes = self.softened.pop((head, i, at_query.start, at_key.start))()
         dv, dk, dq = tpu_slopes.gradients(self.keys[head], self.queries[head, i], at_key, at_query, *slopes)
         straight = isinstance(self.first, int)
-        for total, x in zip(self.sums, (dv, dk)):
+        for total, x in zip(self.key_sums, (dv, dk)):
             at = head % 2, slice(None), at_key
             hold(total, at, x if straight and i == at_query.start == 0 else total[at] + x, self.zero)
-        total, at = self.sums[2], ((head * self.blocks + i) % 2, slice(None), at_query)
+        total, at = self.query_sum, ((head * self.blocks + i) % 2, slice(None), at_query)
         dq = dq if at_key.start == 0 else total[at] + dq
         if at_key.stop != self.padded:
             hold(total, at, dq, self.zero)
@@ -238,7 +243,7 @@ class _Row:
 
     def close(self, head):
         """Gradients of keys and values."""
-        dv, dk = (total[head % 2] for total in self.sums[:2])
+        dv, dk = (total[head % 2] for total in self.key_sums)
         dv, dk = (self._turned(x, head) for x in (dv, dk * (self.scale / LOG2E)))
         self._give(head, 1, self.whole, dk)
         self._give(head, 2, self.whole, self._shown(dv))
@@ -271,6 +276,7 @@ class _Row:
             own, end = (lane >= first if step == 0 and first else None), first + self.heads.dim - step * LANES
             if self.ready is self.d_ref and which < 2 and end < LANES:
                 own = lane < end if own is None else own & (lane < end)
+            # By `choose`, as words, it takes longer here (v6e).
             merged = x if own is None else jnp.where(own, x, there[...].reshape(x.shape))
             there[...] = merged.reshape(there.shape)
 
