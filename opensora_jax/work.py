@@ -40,10 +40,10 @@ class Work:
     unknown_loops: int = 0  # `while` loops without a known length, counted once
 
     def steps_a_row(self) -> dict[str, int]:
-        """Of kernels that begin with what serves a row's steps, the fewest of these steps."""
+        """Of kernels with work for one step of a row alone, the fewest steps of a row."""
         found = {}
         for kernel in self.kernels:
-            if kernel.name in spec.PREPARE_ROWS:
+            if kernel.name in spec.ONCE_A_ROW:
                 found[kernel.name] = min(kernel.innermost, found.get(kernel.name, kernel.innermost))
         return found
 

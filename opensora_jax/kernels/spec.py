@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-# Kernels that prepare a row's keys and values in the first of its steps, the innermost dimension of their grid.
-PREPARE_ROWS = ("stdit_spatial", "cross_attention", "cross_backward")
+# Kernels with work for one step of a row alone, the innermost dimension of their grid: keys and values that the first
+# prepares, positions beyond the last one that the last clears.
+ONCE_A_ROW = ("stdit_spatial", "cross_attention", "cross_backward", "stdit_temporal", "stdit_temporal_backward")
 CHIPS = {  # device_kind, in lower case, contains → our name
     "v5 lite": "v5e",
     "v5e": "v5e",

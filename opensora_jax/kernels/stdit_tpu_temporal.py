@@ -91,9 +91,9 @@ def _call(qkv, norm, rope, shown, problem):
     )(qkv, extras)
 
 
-def kernel(qkv_ref, extras, o_ref, words, turned, scores, *, problem):
+def kernel(qkv_ref, extras, o_ref, words, waiting, scores, *, problem):
     heads, dtype = problem.heads, o_ref.dtype
-    block = Block(problem, extras, words, turned, dtype)
+    block = Block(problem, extras, words, waiting, dtype)
     block.prepare([qkv_ref])
 
     def body(first):

@@ -28,7 +28,7 @@ from opensora_jax.kernels.tpu_lanes import (
     lanes_of,
     words_of,
 )
-from opensora_jax.kernels.tpu_temporal import FAR, Block
+from opensora_jax.kernels.tpu_temporal import FAR, FORTH, Block
 
 ARRAYS = 4  # that lie in fast memory as words: q, k, v and the gradient of the result
 TOGETHER = 16  # heads
@@ -104,8 +104,8 @@ def _scratch(problem, normed: bool) -> list:
 
 def kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
     heads, dtype = problem.heads, d_ref.dtype
-    d_norm_ref, words, turned, sides, products, factors, roots = rest if extras["norm"] else (None, *rest, None)
-    block = Block(problem, extras, words, turned, dtype)
+    d_norm_ref, words, waiting, sides, products, factors, roots = rest if extras["norm"] else (None, *rest, None)
+    block = Block(problem, extras, words, waiting, dtype)
     block.prepare([qkv_ref, do_ref], roots)
     scales = heads.dim**-0.5, 1.0 / LOG2E  # of the gradients of q and k
     plain = d_norm_ref is None and "cos" not in extras
@@ -163,42 +163,42 @@ def _undo(block, qkv_ref, d_ref, d_norm_ref, roots, chunk):
     def put(which, tile, x):
         block.write(d_ref, which * tiles + tile, chunk, words_of(x.astype(block.dtype)))
 
+    read = functools.partial(block.reader, chunk=chunk)
     if d_norm_ref is None:
-        for which, tile in ((which, tile) for which in range(2) for tile in range(tiles)):
-            x = block.turn(block.values(which, tile, chunk), BACK, which, tile, chunk)
-            put(which, tile, block.times(x, "weight", which, tile, chunk))
+        for which in range(2):
+            turned = block.turned(read(which), BACK, which, chunk)
+            for tile in range(tiles):
+                put(which, tile, block.times(turned(tile), "weight", which, tile, chunk))
         return
 
+    for which, tile in ((which, tile) for which in range(2) for tile in range(tiles)):
+        block.fetch(qkv_ref, which * tiles + tile, chunk, (2 + which) * tiles + tile)
+    every_u, every_g = ([read(array + which) for which in range(2)] for array in (2, 0))
+    # Which of the two is behind a rotation is turned, and waits.
+    source, names = (every_g, BACK) if problem.norm_first else (every_u, FORTH)
+    turned = [block.turned(source[which], names, which, chunk) for which in range(2)]
     waiting = {}
 
-    def sides(which, tile):
-        """u and g; the one that is behind a rotation waits since `products`."""
-        waited = waiting[which, tile]()
-        if problem.norm_first:
-            return block.values(2 + which, tile, chunk).astype(jnp.float32), waited
-        return waited, block.values(which, tile, chunk).astype(jnp.float32)
+    def sides(which, tile, waited):
+        found = (every_u[which](tile), waited) if problem.norm_first else (waited, every_g[which](tile))
+        return (x.astype(jnp.float32) for x in found)
 
     def products(which, tile):
-        block.fetch(qkv_ref, which * tiles + tile, chunk, (2 + which) * tiles + tile)
-        u, g = (block.values(array, tile, chunk) for array in (2 + which, which))
-        if problem.norm_first:
-            g = waited = block.turn(g, BACK, which, tile, chunk)
-        else:
-            u = waited = block.turn(u, ("a", "b"), which, tile, chunk)
-        waiting[which, tile] = hold(block.turned[which], (tile, slice(rows.size)), waited, block.zero)
-        return (block.times(g.astype(jnp.float32), "weight", which, tile, chunk) * u.astype(jnp.float32)).astype(
-            block.dtype
-        )
+        """w g u."""
+        x = turned[which](tile)
+        waiting[which, tile] = hold(block.waiting[which], (tile, slice(rows.size)), x, block.zero)
+        u, g = sides(which, tile, x)
+        return (block.times(g, "weight", which, tile, chunk) * u).astype(block.dtype)
 
     sums = [block.collect(functools.partial(products, which)) for which in range(2)]
     for which in range(2):
         root = roots[which, rows]
         along = root * root * root * sums[which] * (1.0 / block.heads.dim)
-        spreads = (block.spread(tpu_channels.split(x, block.dtype)) for x in (root, along))
-        for (tile, root_of), (_, along_of) in zip(*spreads):
-            u, g = sides(which, tile)
-            g = g * root_of
-            du = block.times(g, "weight", which, tile, chunk) - u * along_of
+        root_of, along_of = map(block.spread, (root, along))
+        for tile in range(tiles):
+            u, g = sides(which, tile, waiting[which, tile]())
+            g = g * root_of(tile)
+            du = block.times(g, "weight", which, tile, chunk) - u * along_of(tile)
             put(
                 which,
                 tile,

@@ -15,7 +15,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas import tpu as pltpu
 
 from opensora_jax.kernels.spec import Unsupported
 from opensora_jax.kernels.tpu_lanes import LANES, LOG2E, ROWS_BY_ROWS, Heads, dot, lanes_of
@@ -139,8 +138,8 @@ def _swapped(table):
 
 def swap(x):
     """Neighbouring lanes exchanged; x: [rows, 128] of 32-bit words."""
-    even = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) & 1 == 0
-    return jnp.where(even, pltpu.roll(x, LANES - 1, 1), pltpu.roll(x, 1, 1))
+    neighbour = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) ^ 1
+    return jnp.take_along_axis(x, neighbour, axis=1, mode="promise_in_bounds")
 
 
 def turn(x, tables):

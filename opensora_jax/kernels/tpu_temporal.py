@@ -20,7 +20,6 @@ from opensora_jax.kernels.tpu_lanes import (
     LANES,
     OLDER,
     Heads,
-    dot,
     hold,
     lanes_of,
     unknown_zero,
@@ -29,9 +28,10 @@ from opensora_jax.kernels.tpu_lanes import (
 )
 
 TILE_ROWS = 128  # of scores, about; static schedules of v5e and v6e prefer it in both passes (2026-11-29)
-CHUNK_ROWS = 256  # normalised and rotated at once
+CHUNK_ROWS = 512  # normalised and rotated at once; half as many where more than 64 frames leave a v5p little room
 PERIOD = 8  # lanes of a position's code: four bits and their complements, so 16 positions a tile
 FAR = -1e9
+FORTH = ("a", "b")  # names of the tables that turn q and k
 
 
 class Problem(NamedTuple):
@@ -106,11 +106,15 @@ class Problem(NamedTuple):
     def word(self):
         return tpu_lanes.word(self.itemsize)
 
+    @property
+    def chunk_rows(self) -> int:
+        return CHUNK_ROWS if self.frames <= 64 else CHUNK_ROWS // 2
+
     def scratch(self, arrays: int) -> list:
         """Of so many arrays of C channels as words; and of q and k of a chunk in float32."""
         tiles = self.heads.tiles
-        turned = pltpu.VMEM((tiles, max(CHUNK_ROWS, self.block), LANES), jnp.float32)
-        return [pltpu.VMEM((arrays * tiles, self.padded * self.words, LANES), self.word), [turned, turned]]
+        waiting = pltpu.VMEM((tiles, max(self.chunk_rows, self.block), LANES), jnp.float32)
+        return [pltpu.VMEM((arrays * tiles, self.padded * self.words, LANES), self.word), [waiting, waiting]]
 
     def held(self, together: int, *shape: int, dtype) -> list:
         """For `Block.hold`: as much for each head at work. Long rows would fill the fast memory: theirs stay with the
@@ -180,9 +184,9 @@ class Chunk(NamedTuple):
 class Block:
     """One program's positions as words [arrays * tiles, frames * words, 128]."""
 
-    def __init__(self, problem: Problem, extras, words, turned, dtype):
+    def __init__(self, problem: Problem, extras, words, waiting, dtype):
         self.problem, self.heads, self.extras, self.dtype = problem, problem.heads, extras, dtype
-        self.words, self.turned = words, turned
+        self.words, self.waiting = words, waiting
         self.exist = problem.positions - pl.program_id(1) * problem.block  # positions from the first one on
         self.zero = unknown_zero(2)
         # Half-filled registers of bfloat16 stay apart.
@@ -192,7 +196,7 @@ class Block:
     def each_chunk(self, body):
         """body(chunk) over all frames, never across pieces."""
         problem = self.problem
-        count = -(-problem.frames // -(-problem.frames * problem.block // CHUNK_ROWS))
+        count = -(-problem.frames // -(-problem.frames * problem.block // problem.chunk_rows))
         while problem.pieces > 1 and problem.piece % count:
             count -= 1
         chunks = -(-problem.frames // count)
@@ -230,14 +234,30 @@ class Block:
         piece = jax.lax.div(chunk.first, self.problem.piece)
         return piece, 0, pl.ds(chunk.first - piece * self.problem.piece, chunk.count)
 
+    def clear(self, refs):
+        """Zero beyond the last position, where the last block may hold anything, even NaN. Where the inputs lie: masks of
+        all blocks took 4% of a forward pass (2026-11-30)."""
+        if self.problem.positions % self.problem.block == 0:
+            return
+
+        @pl.when(self.exist < self.problem.block)
+        def last():
+            self.each_chunk(functools.partial(self._clear, refs))
+
+    def _clear(self, refs, chunk: Chunk):
+        problem = self.problem
+        at = *self.frames_at(chunk), slice(None)
+        for there in (ref.at[(*at, lanes_of(tile))] for ref in refs for tile in range(ref.shape[-1] // LANES)):
+            x = words_of(there[...].reshape(-1, LANES)).reshape(chunk.count, problem.words, LANES)
+            there[...] = values_of(self._existing(x).reshape(-1, LANES), self.dtype).reshape(there.shape)
+
     def fetch(self, ref, tile: int, chunk: Chunk, to: int):
-        """Into words; zero beyond the last position, where a block may hold anything, even NaN."""
+        """Into words."""
         problem, step = self.problem, 8 if self.halves else self.problem.block
         words = step // problem.pack
         for start in range(0, problem.block, step):
             x = ref[(*self.frames_at(chunk), pl.ds(start, step), lanes_of(tile))]
             x = words_of(x.reshape(chunk.count * step, LANES)).reshape(chunk.count, words, LANES)
-            x = self._existing(x, start // problem.pack)
             if words == problem.words:
                 self.words[to, self.at(chunk)] = x.reshape(-1, LANES)
                 continue
@@ -245,12 +265,10 @@ class Block:
             for frame in range(chunk.count):
                 self.words[to, pl.ds(first + frame * problem.words, words)] = x[frame]
 
-    def _existing(self, x, first: int):
-        """x [frames, words, 128], from the first word of each frame on: zero beyond the last position."""
+    def _existing(self, x):
+        """x [frames, words, 128]: zero beyond the last position."""
         problem = self.problem
-        if problem.positions % problem.block == 0:
-            return x
-        word = jax.lax.broadcasted_iota(jnp.int32, x.shape[1:], 0) + first
+        word = jax.lax.broadcasted_iota(jnp.int32, x.shape[1:], 0)
         whole, part = (word < jax.lax.div(self.exist + more, problem.pack) for more in (0, problem.pack - 1))
         if problem.pack == 1:
             return jnp.where(whole, x, 0.0)
@@ -272,12 +290,20 @@ class Block:
         table = table[which % table.shape[0], frames, :, lanes_of(tile)]
         return (x.reshape(chunk.count, self.problem.block // 8, 8, LANES) * table[:, None]).reshape(x.shape)
 
-    def turn(self, x, names: tuple[str, str], which: int, tile: int, chunk: Chunk):
-        """`mix` of what lies as it came."""
-        swapped = None
-        if names[1] in self.extras:
-            swapped = values_of(tpu_channels.swap(words_of(x)), self.dtype).astype(jnp.float32)
-        return self.mix(x.astype(jnp.float32), swapped, names, which, tile, chunk)
+    def turned(self, tile_of, names: tuple[str, str], which: int, chunk: Chunk):
+        """tile → `mix` of what lies as it came, tile_of(tile). All of it is swapped first, and waits in memory, not in
+        registers beside what it is added to; chips with one store at a time keep it."""
+        swapped = {}
+        for tile in range(self.heads.tiles if names[1] in self.extras else 0):
+            words = tpu_channels.swap(words_of(tile_of(tile)))
+            x, at = values_of(words, self.dtype), (tile, slice(len(words)))
+            swapped[tile] = (lambda x=x: x) if self.halves else hold(self.waiting[which], at, x, self.zero)
+
+        def found(tile):
+            other = swapped[tile]().astype(jnp.float32) if swapped else None
+            return self.mix(tile_of(tile).astype(jnp.float32), other, names, which, tile, chunk)
+
+        return found
 
     def mix(self, x, swapped, names: tuple[str, str], which: int, tile: int, chunk: Chunk):
         """x A + swapped B by two tables; where one is missing, x and nothing."""
@@ -297,13 +323,12 @@ class Block:
         return tpu_channels.collect(self.heads, self.extras["spread"], tile_of)
 
     def spread(self, marks):
-        """(tile, [rows, 128]) of marks over the lanes of their heads."""
-        for pair in tpu_channels.pairs(self.heads):
-            found = dot(marks, self.extras["spread"][:, tpu_channels.across(pair)])
-            yield from ((tile, found[:, lanes_of(i)]) for i, tile in enumerate(pair))
+        """tile → [rows, 128]: marks (float32) over the lanes of their heads."""
+        return tpu_channels.spread_out(self.heads, self.extras["spread"], marks, self.dtype)
 
     def prepare(self, refs, roots=None):
         """Everything into words; q and k normalised and rotated. roots: keeps 1 / root mean square as float32 marks."""
+        self.clear(refs)
         self.each_chunk(functools.partial(self._prepare, refs=refs, roots=roots))
         problem = self.problem
         used = problem.frames * problem.words
@@ -317,33 +342,35 @@ class Block:
             self.fetch(ref, tile, chunk, index)
         if not self.extras["norm"]:
             for which in range(2 if "b" in self.extras else 1):  # k's scale is one
+                turned = self.turned(self.reader(which, chunk), FORTH, which, chunk)
                 for tile in range(tiles):
-                    self.put(
-                        which, tile, chunk, self.turn(self.values(which, tile, chunk), ("a", "b"), which, tile, chunk)
-                    )
+                    self.put(which, tile, chunk, turned(tile))
             return
 
         waiting = {}
+        lying = [self.reader(which, chunk) for which in range(2)]
+        turned = [self.turned(lying[which], FORTH, which, chunk) for which in range(2)]
 
         def squares(which, tile):
-            x = self.values(which, tile, chunk)
-            turned = self.turn(x, ("a", "b"), which, tile, chunk)
-            waiting[which, tile] = hold(self.turned[which], (tile, slice(rows.size)), turned, self.zero)
-            source = turned.astype(self.dtype) if "last" in self.extras else x
-            return source * source
+            x = turned[which](tile)
+            waiting[which, tile] = hold(self.waiting[which], (tile, slice(rows.size)), x, self.zero)
+            return jnp.square(x.astype(self.dtype) if "last" in self.extras else lying[which](tile))
 
         sums = [self.collect(functools.partial(squares, which)) for which in range(2)]
         found = [jax.lax.rsqrt(x * (1.0 / self.heads.dim) + 1e-6) for x in sums]
         for which in range(2):
             if roots is not None:
                 roots[which, rows] = found[which]
-            for tile, root in self.spread(tpu_channels.split(found[which], self.dtype)):
-                x = waiting[which, tile]() * root
+            root = self.spread(found[which])
+            for tile in range(tiles):
+                x = waiting[which, tile]() * root(tile)
                 x = self.times(x, "last", which, tile, chunk) if "last" in self.extras else x
                 self.put(which, tile, chunk, x)
 
-    def values(self, which: int, tile: int, chunk: Chunk):
-        return values_of(self.words[which * self.heads.tiles + tile, self.at(chunk)], self.dtype)
+    def reader(self, array: int, chunk: Chunk):
+        """tile → [rows, 128] of q (0), k (1) or what lies behind them."""
+        tiles, at = self.heads.tiles, self.at(chunk)
+        return lambda tile: values_of(self.words[array * tiles + tile, at], self.dtype)
 
     def put(self, which: int, tile: int, chunk: Chunk, x):
         to = which * self.heads.tiles + tile

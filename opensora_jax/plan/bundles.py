@@ -17,7 +17,8 @@ from typing import NamedTuple
 BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*((?:> ?)*)\{")
 EXIT = re.compile(r"scmp\.ge\.s32\.totalorder \S+ (\d+) /\* loop exit test")
 STORES, SPILLS = 8, 9  # columns of the utilization table
-BRANCH = "sbr.rel (%"
+BRANCH = re.compile(r"sbr\.rel \(!?%\w+\) target = \$region(\d+)")
+END = re.compile(r"empty region (\d+)")
 OVERLAP = 2  # the grid's loop runs this much longer: it fills and drains the pipeline
 
 
@@ -68,6 +69,24 @@ class Loop:
         """Per step of the outermost loop, the grid."""
         return self.trips * self.around.times if self.around else 1
 
+    @property
+    def total(self) -> Counts:
+        return Counts(*(x * self.times for x in self.own))
+
+
+@dataclass
+class Region:
+    """Of the grid's loop, what a branch skips: its own bundles, and the loops in it."""
+
+    inside: bool  # of another one; the outermost are the pipeline's own
+    own: Counts = field(default_factory=Counts)
+    loops: list[Loop] = field(default_factory=list)
+    branches: bool = False  # are there others in it?
+
+    @property
+    def total(self) -> Counts:
+        return _total([self.own, *(loop.total for loop in self.loops)])
+
 
 def read_schedule(bundles: str, utilization: str = "") -> Schedule:
     """From the text of *final_bundles.txt and of *final_hlo-static-per-bundle-utilization.txt."""
@@ -75,7 +94,7 @@ def read_schedule(bundles: str, utilization: str = "") -> Schedule:
     table = [list(map(int, row)) for row in cells if len(row) == 11 and "".join(row).isdigit()]
     slots, rows = (table[0][STORES], table[1:]) if table else (1, [])
     loops, open_loops, position = [], [], 0
-    region, once = None, Counts()  # since a branch of the grid's loop; regions inside which there is no other
+    regions, once = {}, Counts()
     for line in bundles.splitlines():
         match = BUNDLE.match(line)
         if not match:
@@ -86,24 +105,31 @@ def read_schedule(bundles: str, utilization: str = "") -> Schedule:
         if match.group(1) == "LB" and level:
             loops.append(Loop(open_loops[level - 2] if level > 1 else None))
             open_loops[level - 1 :] = [loops[-1]]
-        if match.group(1) == "PF" and level == 1 and region:
-            region, once = None, _sum(once, region)
+            for region in regions.values():
+                region.loops.append(loops[-1])
+        for end in END.findall(line):
+            region = regions.pop(end, None)
+            if region and region.inside and not region.branches:
+                once = _total([once, region.total])
         if not 0 < level <= len(open_loops):
             continue
-        if BRANCH in line and level == 1:
-            region = Counts()
-        elif region and level == 1:
-            region = _sum(region, used)
-        open_loops[level - 1].own = _sum(open_loops[level - 1].own, used)
+        if level == 1:
+            for region in regions.values():
+                region.own = _total([region.own, used])
+            for target in BRANCH.findall(line):
+                for region in regions.values():
+                    region.branches = True
+                regions[target] = Region(inside=bool(regions))
+        open_loops[level - 1].own = _total([open_loops[level - 1].own, used])
         exit_test = EXIT.search(line)
         if exit_test:
             open_loops[level - 1].trips = int(exit_test.group(1))
-    step = functools.reduce(_sum, (Counts(*(x * loop.times for x in loop.own)) for loop in loops), Counts())
+    step = _total([loop.total for loop in loops])
     return Schedule(max(1, math.prod(loop.trips for loop in loops[:1]) - OVERLAP), step, once, slots)
 
 
-def _sum(a: Counts, b: Counts) -> Counts:
-    return Counts(*(x + y for x, y in zip(a, b)))
+def _total(parts: list[Counts]) -> Counts:
+    return functools.reduce(lambda a, b: Counts(*(x + y for x, y in zip(a, b))), parts, Counts())
 
 
 def of_kernel(folder: Path, name: str) -> Schedule:
