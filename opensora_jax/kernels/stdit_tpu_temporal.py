@@ -96,8 +96,8 @@ def kernel(qkv_ref, extras, o_ref, words, waiting, scores, *, problem):
     block = Block(problem, extras, words, waiting, dtype)
     block.prepare([qkv_ref])
     # Where registers are few, weights are made again rather than kept until their sum is known: up to 2% slower with norms
-    # (v6e, 2026-11-30), and rows of 16 wait for memory anyway.
-    again = extras["norm"] or problem.frames <= 16
+    # (v6e, 2026-11-30; v5e 6%), and rows of 16 wait for memory anyway.
+    again = not block.halves and (extras["norm"] or problem.frames <= 16)
 
     def body(first):
         q_code, k_code = extras["q_code"][...], extras["k_code"][0]

@@ -292,16 +292,18 @@ class Block:
 
     def turned(self, tile_of, names: tuple[str, str], which: int, chunk: Chunk):
         """tile → `mix` of what lies as it came, tile_of(tile). All of it is swapped first, and waits in memory, not in
-        registers beside what it is added to; chips with one store at a time keep it."""
-        swapped = {}
-        for tile in range(self.heads.tiles if names[1] in self.extras else 0):
-            words = tpu_channels.swap(words_of(tile_of(tile)))
-            x, at = values_of(words, self.dtype), (tile, slice(len(words)))
-            swapped[tile] = (lambda x=x: x) if self.halves else hold(self.waiting[which], at, x, self.zero)
+        registers beside what it is added to; chips with one store at a time swap as they go."""
+        swap = lambda tile: values_of(tpu_channels.swap(words_of(tile_of(tile))), self.dtype)
+        held = {}
+        for tile in range(self.heads.tiles if names[1] in self.extras and not self.halves else 0):
+            x = swap(tile)
+            held[tile] = hold(self.waiting[which], (tile, slice(len(x) // self.problem.pack)), x, self.zero)
 
         def found(tile):
-            other = swapped[tile]().astype(jnp.float32) if swapped else None
-            return self.mix(tile_of(tile).astype(jnp.float32), other, names, which, tile, chunk)
+            swapped = None
+            if names[1] in self.extras:
+                swapped = (held[tile]() if held else swap(tile)).astype(jnp.float32)
+            return self.mix(tile_of(tile).astype(jnp.float32), swapped, names, which, tile, chunk)
 
         return found
 
