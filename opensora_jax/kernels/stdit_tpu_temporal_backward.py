@@ -199,11 +199,9 @@ def _undo(block, qkv_ref, d_ref, d_norm_ref, roots, chunk):
             u, g = sides(which, tile, waiting[which, tile]())
             g = g * root_of(tile)
             du = block.times(g, "weight", which, tile, chunk) - u * along_of(tile)
-            put(
-                which,
-                tile,
-                du if problem.norm_first else block.mix(du, tpu_channels.swap(du), BACK, which, tile, chunk),
-            )
+            if not problem.norm_first:
+                du = block.mix(du, tpu_channels.swap(du), BACK, which, tile, chunk)
+            put(which, tile, du)
             d_norm_ref[0, 0, which, :, lanes_of(tile)] += _fresh(problem, g * u, chunk).reshape(-1, 8, LANES).sum(0)
 
 
