@@ -142,7 +142,7 @@ def swap(x):
     """Neighbouring lanes exchanged; x: [rows, 128] of 32-bit words."""
     lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     if x.dtype == jnp.int32 and spec.chip() in OLDER:
-        # Two rotations are slower than one permutation, and the kernel 3 to 6% faster (v5e, 2026-11-30): words come one by one,
+        # Two rotations are slower than one permutation, and the kernel 2 to 6% faster (v5e, 2026-11-30): words come one by one,
         # and fewer values wait for them.
         return jnp.where(lane & 1 == 0, pltpu.roll(x, LANES - 1, 1), pltpu.roll(x, 1, 1))
     return jnp.take_along_axis(x, lane ^ 1, axis=1, mode="promise_in_bounds")
