@@ -140,18 +140,11 @@ def hold(ref, at: tuple, x, zero):
     """Writes x to ref[at], as words, and gives the function that reads it. The mask is zero == 0, which the compiler does not
     know (`unknown_zero`): what it knows to be in memory it keeps in registers too, and spills them when they are too few."""
     words = words_of(x)
-    kept = words if words.dtype == ref.dtype else jax.lax.bitcast_convert_type(words, ref.dtype)
     # Pallas' interpreter takes no plain numbers beside a mask.
     there = ref.at[tuple(pl.ds(i, 1) if isinstance(i, int) else i for i in at)]
-    pltpu.store(there, kept.reshape(there.shape), mask=jnp.full(there.shape, zero) == 0)
-
-    def read():
-        found = there[...].reshape(words.shape)
-        return values_of(
-            found if words.dtype == ref.dtype else jax.lax.bitcast_convert_type(found, words.dtype), x.dtype
-        )
-
-    return read
+    kept = jax.lax.bitcast_convert_type(words, ref.dtype).reshape(there.shape)
+    pltpu.store(there, kept, mask=jnp.full(there.shape, zero) == 0)
+    return lambda: values_of(jax.lax.bitcast_convert_type(there[...].reshape(words.shape), words.dtype), x.dtype)
 
 
 def choose(inside, x, other):
