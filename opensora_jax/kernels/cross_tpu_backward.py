@@ -55,9 +55,11 @@ def gradients(q, k, v, extras, d_out, problem):
     """Of q, k and v. Samples of the text may be fewer: they serve over and over again."""
     heads, padded, block = problem.heads, problem.padded, problem.block_backward
     (batch, queries, channels), (samples, keys, _) = q.shape, k.shape
+    # Twice k, v and their gradients, unless they then take more than a quarter of the memory.
+    twice = 8 * padded * channels * q.dtype.itemsize <= blocks.vmem() // 4
+    of_text = functools.partial(pl.BlockSpec, (1, padded, channels), pipeline_mode=None if twice else pl.Buffered(1))
     some = pl.BlockSpec((1, block, channels), lambda b, i: (b, i, 0))
-    text = pl.BlockSpec((1, padded, channels), lambda b, i: (jax.lax.rem(b, samples), 0, 0))
-    whole = pl.BlockSpec((1, padded, channels), lambda b, i: (b, 0, 0))
+    text, whole = of_text(lambda b, i: (jax.lax.rem(b, samples), 0, 0)), of_text(lambda b, i: (b, 0, 0))
     d_text = jax.ShapeDtypeStruct((batch, keys, channels), k.dtype)
     in_lanes = pltpu.VMEM((heads.count, padded, LANES), q.dtype)
     turned = lambda rows, dtype: pltpu.VMEM((channels, rows), dtype)

@@ -13,6 +13,7 @@ from opensora_jax.kernels import attention as dispatch
 from opensora_jax.kernels import (
     blocks,
     cross_tpu,
+    cross_tpu_backward,
     flash_tpu,
     spec,
     stdit_tpu,
@@ -161,6 +162,17 @@ def test_attention_matches_float64(name, heads, head_dim, dtype):
     if head_dim == 128:
         case = replace(case, batch=2, queries=150, keys=280, ragged=True)
     check(case, dtype, functools.partial(attention, implementation="pallas_tpu"))
+
+
+@pytest.mark.parametrize("heads, head_dim, tile", [(16, 24, 96), (8, 48, 64)])
+def test_texts_under_queries_in_many_tiles(heads, head_dim, tile, monkeypatch):
+    """Blocks of queries with some beyond the last one, keys in no whole registers; heads that begin in the middle of one."""
+    monkeypatch.setattr(cross_tpu_backward, "OLDER", ("cpu",) * (tile < 96))
+    monkeypatch.setattr(cross_tpu_backward, "QUERY_TILE", tile)
+    case = Case("", "attention", 2, 200, 150, heads, head_dim, ragged=True)
+    with blocks.trying("cross_attention", forward=(256,), backward=(96,)), monkeypatch.context() as at:
+        at.setattr(cross_tpu, "even_blocks", lambda size, most: most)
+        check(case, "bfloat16" if tile == 96 else "float32", functools.partial(attention, implementation="pallas_tpu"))
 
 
 FLASH = {  # heads, head size, dtype, what is hidden
