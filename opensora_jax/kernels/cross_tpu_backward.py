@@ -22,6 +22,7 @@ from opensora_jax.kernels.tpu_lanes import (
     LANES,
     LOG2E,
     OLDER,
+    REGISTER,
     ROWS_BY_ROWS,
     Heads,
     choose,
@@ -43,11 +44,11 @@ from opensora_jax.kernels.tpu_rows import (
     rows_inside,
     rows_shown,
     rows_valid,
+    with_zeros,
 )
 from opensora_jax.kernels.tpu_slopes import cuts, pipeline
 
 QUERY_TILE = 256
-REGISTER = 16  # rows of bfloat16
 IN_FLIGHT = 4  # tiles whose scores are not read for the last time
 
 
@@ -63,7 +64,7 @@ def gradients(q, k, v, extras, d_out, problem):
     d_text = jax.ShapeDtypeStruct((batch, keys, channels), k.dtype)
     in_lanes = pltpu.VMEM((heads.count, padded, LANES), q.dtype)
     turned = lambda rows, dtype: pltpu.VMEM((channels, rows), dtype)
-    waiting = pltpu.VMEM((IN_FLIGHT, padded, QUERY_TILE), jnp.float32)
+    waiting = pltpu.VMEM((IN_FLIGHT, problem.used, QUERY_TILE), jnp.float32)
     scratch = {"keys": in_lanes, "values": in_lanes, "k_t": turned(padded, q.dtype)}
     in_words = pltpu.VMEM((channels * q.dtype.itemsize // 4, block), word(q.dtype.itemsize))
     scratch |= {"q_t": in_words, "do_t": in_words}
@@ -171,7 +172,7 @@ class _Tile:
         if self.block.hides:
             q = choose(lambda lane: lane == self.heads.spare(self.head), jnp.ones_like(q), q)
         scores, d_weights = (
-            dot(self.block.scratch[name][self.head, : self._keys], x, ROWS_BY_ROWS)
+            dot(self.block.scratch[name][self.head, : self.block.problem.used], x, ROWS_BY_ROWS)
             for name, x in (("keys", q), ("values", do))
         )
         self.peak = scores.max(0, keepdims=True)
@@ -190,7 +191,7 @@ class _Tile:
         weights = self.weights()
         # Each from what lies in memory: divided weights would wait in registers for the second use.
         divided, slopes = weights * self.part, weights * ((self.d_weights() - self.shared) * self.part)
-        divided, slopes = (self._whole(x.astype(self.dtype)) for x in (divided, slopes))
+        divided, slopes = (with_zeros(x.astype(self.dtype), self.block.problem.padded) for x in (divided, slopes))
         for total, x, y in (("d_v", "do_t", divided), ("d_k", "q_t", slopes)):
             x = values_of(scratch[x][self._in_words(window), self.at], self.dtype)
             self._put(total, slice(None), dot(x, y, ROWS_BY_ROWS), add=True)
@@ -200,11 +201,6 @@ class _Tile:
         for tile in self._tiles_that(begin=False):
             x = self.block.scratch["d_q"][lanes_of(tile), self.at]
             self.block.dq_ref[0, self.at, lanes_of(tile)] = x.astype(self.dtype).T
-
-    @property
-    def _keys(self) -> int:
-        """Up to the last one, in whole registers."""
-        return -(-self.block.problem.size // REGISTER) * REGISTER
 
     @property
     def _window(self) -> slice:
@@ -223,11 +219,6 @@ class _Tile:
 
     def _hold(self, name: str, x):
         return hold(self.block.scratch[name], (self.slot, slice(len(x)), slice(x.shape[1])), x, self.block.zero)
-
-    def _whole(self, x):
-        """With zeros for keys that do not exist."""
-        missing = self.block.problem.padded - len(x)
-        return jnp.concatenate([x, jnp.zeros((missing, x.shape[1]), x.dtype)], 0) if missing else x
 
     def _put(self, name: str, at: slice, x, add: bool = False):
         """Writes the head's own rows of its window, or adds them."""

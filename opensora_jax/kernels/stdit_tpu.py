@@ -6,7 +6,8 @@ queries); keys and values of a row are prepared once into fast memory, then each
 single-pass softmax. Scores are [keys, queries] and outputs [channels, queries], so that sums and divisions run along
 sublanes and the tiles of weights, not a head's few channels, fill the matrix unit. A loop over heads makes the scores of
 some beside the softmax of those before: scores go to memory as they come and are read once, by the next round, from
-where its own are written a moment later. S needs no alignment: rows beyond it are hidden keys. The backward pass is in
+where its own are written a moment later. Where keys are so few that it would take one turn, heads are a straight line.
+S needs no alignment: rows beyond it are hidden keys. The backward pass is in
 stdit_tpu_backward.py.
 Temporal mode is in stdit_tpu_temporal.py.
 """
@@ -26,11 +27,13 @@ from opensora_jax.kernels.tpu_lanes import (
     HIDE,
     LANES,
     LOG2E,
+    REGISTER,
     ROWS_BY_ROWS,
     TINY,
     Heads,
     choose,
     dot,
+    hold,
     lanes_of,
     norm_rows,
     rotation_tables,
@@ -49,6 +52,7 @@ from opensora_jax.kernels.tpu_rows import (
     rows_valid,
     whole_channels,
     whole_row,
+    with_zeros,
 )
 
 PASSES = ("forward", "backward")
@@ -57,6 +61,7 @@ LEAST_QUERIES = 128  # at once; fewer push the keys again and again
 KEY_TILE, QUERY_TILE = 512, 256
 SPILLS = 3 << 20  # bytes
 SCORES = 2 << 20  # in the making, of some heads, where one head does not have more
+WAITING = 7  # tiles of scores in a straight line; three take an eighth more time (v6e, 300 keys, 2026-12-01)
 
 
 class Problem(NamedTuple):
@@ -82,9 +87,19 @@ class Problem(NamedTuple):
         return -(-self.size // LANES) * LANES
 
     @property
+    def used(self) -> int:
+        """Keys up to the last one, in whole registers."""
+        return -(-self.size // REGISTER) * REGISTER
+
+    @property
     def group(self) -> int:
         """Heads whose scores are in the making at once."""
         return _group(self.heads.count, self.padded * self.block)
+
+    @property
+    def straight(self) -> bool:
+        """Would a loop take one turn?"""
+        return self.heads.count == 2 * self.group
 
     @property
     def scale(self) -> float:
@@ -219,8 +234,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _forward_kernel(q_ref, k_ref, v_ref, extras, o_ref, *rest, problem):
     *logs_ref, keys, values, queries, scores, turned, logs = rest
-    heads, dtype, group = problem.heads, q_ref.dtype, problem.group
-    key_tiles, query_tiles = tpu_slopes.cuts(problem.padded, KEY_TILE), tpu_slopes.cuts(problem.block, QUERY_TILE)
+    heads, dtype = problem.heads, q_ref.dtype
 
     @pl.when(pl.program_id(1) == 0)
     def _prepare_row():
@@ -231,35 +245,8 @@ def _forward_kernel(q_ref, k_ref, v_ref, extras, o_ref, *rest, problem):
     for rows, at in row_chunks(problem, problem.block):
         _prepare_queries(problem, q_ref, extras, rows, at, queries)
 
-    # Where the loop takes one turn, the compiler would keep scores in registers and spill them.
-    zero = unknown_zero(2) if heads.count == 2 * group else 0
-
-    def turn(peaks, finished, started):
-        """Finishes a group of heads, by their peaks, and starts another; either may be missing. Gives its peaks."""
-        found = []
-        for i, at_query in itertools.product(range(group), query_tiles):
-            out, peak, old = 0.0, None, None if finished is None else peaks[len(found)]
-            for at_key in key_tiles:
-                if finished is not None:
-                    weights = jnp.exp2(scores[i][zero, at_key, at_query] - old).astype(dtype)
-                    out = out + dot(values[finished + i, :, at_key], weights)
-                if started is not None:
-                    x = dot(keys[started + i, at_key], queries[started + i, at_query], ROWS_BY_ROWS)
-                    scores[i][0, at_key, at_query] = x
-                    highest = x.max(0, keepdims=True)
-                    peak = highest if peak is None else jnp.maximum(peak, highest)
-            found.append(peak)
-            if finished is not None:
-                total = jnp.maximum(out[heads.rows : heads.rows + 1], TINY)
-                first = pl.multiple_of((finished + i) * heads.rows, 8)
-                turned[pl.ds(first, heads.rows), at_query] = out[: heads.rows] * (1.0 / total)
-                logs[finished + i, :, at_query] = -(old + jnp.log2(total))
-        return found
-
-    last = heads.count - group
-    peaks = turn(None, None, 0)
-    peaks = jax.lax.fori_loop(0, last // group, lambda n, peaks: turn(peaks, n * group, (n + 1) * group), peaks)
-    turn(peaks, last, None)
+    attend = _attend_straight if problem.straight else _attend_in_turns
+    attend(problem, keys, values, queries, scores, turned, logs)
     for tile, (rows, at) in itertools.product(range(heads.tiles), row_chunks(problem, problem.block)):
         there = o_ref.at[(*at, lanes_of(tile))]
         there[...] = heads.turned_tile(turned, tile, rows).astype(dtype).T.reshape(there.shape)
@@ -267,6 +254,68 @@ def _forward_kernel(q_ref, k_ref, v_ref, extras, o_ref, *rest, problem):
         for head, mark in enumerate(tpu_channels.marks(heads)):
             turned[mark : mark + 2] = jnp.broadcast_to(logs[head], (2, problem.block))
         logs_ref[0][...] = tpu_channels.split(turned[:LANES].T, dtype).reshape(logs_ref[0].shape)
+
+
+def _attend_straight(problem, keys, values, queries, scores, turned, logs):
+    """Few keys: a tile's products are long under way. So others start meanwhile, whose scores wait in memory."""
+    heads, zero, made = problem.heads, unknown_zero(2), {}
+
+    def start(n, head, at):
+        x = dot(keys[head, : problem.used], queries[head, at], ROWS_BY_ROWS)
+        there = 0, slice(problem.used), slice(x.shape[1])
+        made[n] = hold(scores[n % len(scores)], there, x, zero), x.max(0, keepdims=True)
+
+    def soften(n, head, at):
+        read, peak = made[n]
+        weights = jnp.exp2(read() - peak).astype(keys.dtype)
+        made[n] = dot(values[head], with_zeros(weights, problem.padded)), peak
+
+    def give(n, head, at):
+        x, logs[head, :, at] = _divided(heads, *made.pop(n))
+        hold(turned, (slice(head * heads.rows, (head + 1) * heads.rows), at), x, zero)
+
+    tiles = itertools.product(range(heads.count), tpu_slopes.cuts(problem.block, QUERY_TILE))
+    waiting = [lambda *_: None] * (WAITING - 1)
+    tpu_slopes.pipeline([(n, *tile) for n, tile in enumerate(tiles)], start, *waiting, soften, give)
+
+
+def _attend_in_turns(problem, keys, values, queries, scores, turned, logs):
+    heads, group = problem.heads, problem.group
+    key_tiles, query_tiles = tpu_slopes.cuts(problem.padded, KEY_TILE), tpu_slopes.cuts(problem.block, QUERY_TILE)
+
+    def turn(peaks, finished, started):
+        """Finishes a group of heads, by their peaks, and starts another; either may be missing. Gives its peaks."""
+        found = []
+        for i, at_query in itertools.product(range(group), query_tiles):
+            out, peak, old = 0.0, None, None if finished is None else peaks[len(found)]
+            for tile in key_tiles:
+                at_key = slice(tile.start, min(tile.stop, problem.used))
+                if finished is not None:
+                    weights = jnp.exp2(scores[i][0, at_key, at_query] - old).astype(keys.dtype)
+                    weights = with_zeros(weights, tile.stop - tile.start)
+                    out = out + dot(values[finished + i, :, tile], weights)
+                if started is not None:
+                    x = dot(keys[started + i, at_key], queries[started + i, at_query], ROWS_BY_ROWS)
+                    scores[i][0, at_key, at_query] = x
+                    highest = x.max(0, keepdims=True)
+                    peak = highest if peak is None else jnp.maximum(peak, highest)
+            found.append(peak)
+            if finished is not None:
+                first = pl.multiple_of((finished + i) * heads.rows, 8)
+                x, logs[finished + i, :, at_query] = _divided(heads, out, old)
+                turned[pl.ds(first, heads.rows), at_query] = x
+        return found
+
+    last = heads.count - group
+    peaks = turn(None, None, 0)
+    peaks = jax.lax.fori_loop(0, last // group, lambda n, peaks: turn(peaks, n * group, (n + 1) * group), peaks)
+    turn(peaks, last, None)
+
+
+def _divided(heads: Heads, out, peak):
+    """Rows of a head by the sum of weights that came with them; minus the logarithm of the sum."""
+    total = jnp.maximum(out[heads.rows : heads.rows + 1], TINY)
+    return out[: heads.rows] * (1.0 / total), -(peak + jnp.log2(total))
 
 
 def _prepare_keys(problem, k_ref, extras, rows, at, keys):
@@ -319,7 +368,9 @@ def forward_call(name, q, k, v, lanes, extras, problem, logs=False):
         pltpu.VMEM((heads.count, padded, LANES), q.dtype),
         pltpu.VMEM((heads.count, heads.rows + 8, padded), q.dtype),
         pltpu.VMEM((heads.count, block, LANES), q.dtype),
-        [pltpu.VMEM((1, padded, block), jnp.float32)] * problem.group,
+        [pltpu.VMEM((1, padded, min(block, QUERY_TILE)), jnp.float32)] * (WAITING + 1)
+        if problem.straight
+        else [pltpu.VMEM((1, padded, block), jnp.float32)] * problem.group,
         pltpu.VMEM((heads.count * heads.rows, block), jnp.float32),
         pltpu.VMEM((heads.count, 1, block), jnp.float32),
     ]

@@ -19,6 +19,7 @@ from opensora_jax.kernels import spec
 from opensora_jax.kernels.spec import Unsupported
 
 LANES = 128
+REGISTER = 16  # rows of bfloat16
 # Chips that store one register at a time, and join halves of registers of bfloat16 in memory.
 OLDER = ("v4", "v5e", "v5p")
 LOG2E = math.log2(math.e)

@@ -159,6 +159,12 @@ def first_rows(x, count: int):
     return jnp.concatenate([x[:whole], tail], 0) if whole else tail
 
 
+def with_zeros(x, rows: int):
+    """x [n, ..] with zeros below, so many rows in all."""
+    missing = rows - len(x)
+    return jnp.concatenate([x, jnp.zeros((missing, *x.shape[1:]), x.dtype)], 0) if missing else x
+
+
 def own_float(read, heads, head, rows, valid):
     """A head in float32, zero in foreign lanes and in rows that do not exist."""
     keep = heads.own(head, rows) if valid is None else heads.own(head, rows) & valid
