@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from opensora_jax.kernels import spec
 from opensora_jax.kernels.spec import Unsupported
-from opensora_jax.kernels.tpu_lanes import LANES, dot
+from opensora_jax.kernels.tpu_lanes import LANES, OLDER, dot, hold, unknown_zero, values_of
 
 ROWS = 256
 COLUMNS = 512  # of one slice: whole tiles of the matrix unit, and results that nearly fit the registers
@@ -74,7 +74,7 @@ def _call(name, kernel, streams, vectors, layers, outputs, scratch, interpret):
     rows = lambda width: pl.BlockSpec((1, block.frames, block.positions, width), lambda b, i, j: (b, i, j, 0))
 
     whole = lambda a: pl.BlockSpec(a.shape, lambda *_: (0, 0), pipeline_mode=pl.Buffered(1))
-    bf16 = lambda width: pltpu.VMEM((block.rows, width), x.dtype)
+    lines, dtype = (block.rows, x.dtype) if spec.chip() in OLDER else (block.rows // 2, jnp.int32)
     return pl.pallas_call(
         kernel,
         grid=(batch, -(-frames // block.frames), -(-positions // block.positions)),
@@ -85,7 +85,7 @@ def _call(name, kernel, streams, vectors, layers, outputs, scratch, interpret):
         ],
         out_specs=rows(outputs),
         out_shape=jax.ShapeDtypeStruct((*x.shape[:3], outputs), x.dtype),
-        scratch_shapes=[*map(bf16, scratch)],
+        scratch_shapes=[pltpu.VMEM((lines, width), dtype) for width in scratch],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3, vmem_limit_bytes=VMEM_LIMIT),
         interpret=spec.platform() != "tpu" if interpret is None else interpret,
         name=f"modulated_{name}",
@@ -102,10 +102,10 @@ def vector_spec(v, block: Block) -> pl.BlockSpec:
 
 def _linear_kernel(streams, vectors, weights, o_ref, h_ref, *, eps):
     (x_ref,), (kernel, bias) = streams, weights
-    h_ref[...] = _modulated(x_ref, *vectors, eps=eps)
+    _keep(h_ref, slice(None), _modulated(x_ref, *vectors, eps=eps))
 
     def columns(at):
-        y = dot(h_ref[...], kernel[:, at]) + bias[:, at]
+        y = dot(_kept(h_ref), kernel[:, at]) + bias[:, at]
         o_ref[0, :, :, at] = y.astype(o_ref.dtype).reshape(*o_ref.shape[1:3], -1)
 
     each_slice(kernel.shape[1], columns)
@@ -124,14 +124,14 @@ def _project_kernel(streams, vectors, weights, o_ref):
 def _mlp_kernel(streams, vectors, weights, o_ref, h_ref, hidden_ref, *, eps):
     (x_ref,), (shift, scale, *gate) = streams, vectors
     kernel1, bias1, kernel2, bias2 = weights
-    h_ref[...] = _modulated(x_ref, shift, scale, eps=eps)
+    _keep(h_ref, slice(None), _modulated(x_ref, shift, scale, eps=eps))
 
     def hidden(at):
-        y = dot(h_ref[...], kernel1[:, at]) + bias1[:, at]
-        hidden_ref[:, at] = jax.nn.gelu(y, approximate=True).astype(hidden_ref.dtype)
+        y = dot(_kept(h_ref), kernel1[:, at]) + bias1[:, at]
+        _keep(hidden_ref, at, jax.nn.gelu(y, approximate=True).astype(x_ref.dtype))
 
     def columns(at):
-        _add_gated(x_ref, gate, dot(hidden_ref[...], kernel2[:, at]) + bias2[:, at], o_ref, at)
+        _add_gated(x_ref, gate, dot(_kept(hidden_ref), kernel2[:, at]) + bias2[:, at], o_ref, at)
 
     each_slice(kernel1.shape[1], hidden)
     each_slice(kernel2.shape[1], columns)
@@ -143,6 +143,18 @@ def _add_gated(x_ref, gate, y, o_ref, at):
     for vector in gate:
         y = y * vector[0, :, :, at]
     o_ref[0, :, :, at] = (x_ref[0, :, :, at].astype(jnp.float32) + y).astype(o_ref.dtype)
+
+
+def _keep(ref, at, x):
+    """Some columns. As words, held: the compiler would keep the products' operands in registers too, and spill them."""
+    if ref.dtype == x.dtype:
+        ref[:, at] = x
+    else:
+        hold(ref, (slice(None), at), x, unknown_zero(3))
+
+
+def _kept(ref):
+    return values_of(ref[...], jnp.bfloat16)
 
 
 def _modulated(x_ref, shift=None, scale=None, *, eps):

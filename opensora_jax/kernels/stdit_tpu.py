@@ -40,6 +40,7 @@ from opensora_jax.kernels.tpu_lanes import (
     unknown_zero,
 )
 from opensora_jax.kernels.tpu_rows import (
+    CHUNK,
     existing,
     extra_specs,
     hide_keys,
@@ -138,7 +139,8 @@ def _forward_bytes(call: Call, most: int) -> int:
     kept = heads.count * (LANES + heads.rows + 8) * itemsize  # prepared k and v
     queries = (4 * channels + 2 * LANES + heads.count * LANES) * itemsize + 4 * heads.count * (heads.rows + 8)
     scores = 4 * max(SCORES, padded * most)  # fewer queries may let more heads in
-    return padded * (4 * channels * itemsize + kept + extra) + most * queries + scores + SPILLS
+    waiting = 4 * channels * max(CHUNK, most) * ("norm" in call.extras)
+    return padded * (4 * channels * itemsize + kept + extra) + most * queries + scores + waiting + SPILLS
 
 
 def _group(heads: int, scores: int) -> int:
@@ -233,17 +235,18 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, extras, o_ref, *rest, problem):
-    *logs_ref, keys, values, queries, scores, turned, logs = rest
-    heads, dtype = problem.heads, q_ref.dtype
+    *logs_ref, keys, values, queries, scores, turned, logs, held = rest
+    heads, dtype, zero = problem.heads, q_ref.dtype, unknown_zero(2)
+    wait = (lambda tile, x: hold(held[0], (tile, slice(len(x))), x, zero)) if held else None
 
     @pl.when(pl.program_id(1) == 0)
     def _prepare_row():
         for rows, at in row_chunks(problem, problem.padded):
-            _prepare_keys(problem, k_ref, extras, rows, at, keys)
+            _prepare_keys(problem, k_ref, extras, rows, at, keys, wait)
             _prepare_values(problem, v_ref, extras, rows, at, values)
 
     for rows, at in row_chunks(problem, problem.block):
-        _prepare_queries(problem, q_ref, extras, rows, at, queries)
+        _prepare_queries(problem, q_ref, extras, rows, at, queries, wait)
 
     attend = _attend_straight if problem.straight else _attend_in_turns
     attend(problem, keys, values, queries, scores, turned, logs)
@@ -318,11 +321,11 @@ def _divided(heads: Heads, out, peak):
     return out[: heads.rows] * (1.0 / total), -(peak + jnp.log2(total))
 
 
-def _prepare_keys(problem, k_ref, extras, rows, at, keys):
+def _prepare_keys(problem, k_ref, extras, rows, at, keys, wait):
     """[heads, padded, 128], with the logit of hidden keys in the spare lane. Other heads' lanes meet zeros in q."""
     heads = problem.heads
     read, valid = reader(k_ref, 0, heads, at), rows_valid(problem, rows)
-    tiles = prepared(problem, extras, 1, read, rows, valid, keys.dtype, "spread" in extras)
+    tiles = prepared(problem, extras, 1, read, rows, valid, keys.dtype, wait)
     for head in range(heads.count):
         keys[head, rows] = hide_keys(heads.gather(tiles, head), head, problem, extras, valid, rows)
 
@@ -337,12 +340,11 @@ def _prepare_values(problem, v_ref, extras, rows, at, values):
         values[head, :, rows] = jnp.concatenate([heads.rows_of(turn, head), ones], 0).astype(dtype)
 
 
-def _prepare_queries(problem, q_ref, extras, rows, at, queries):
+def _prepare_queries(problem, q_ref, extras, rows, at, queries, wait):
     """[heads, queries, 128] with a one where hidden keys have their logit."""
     heads, dtype, size = problem.heads, queries.dtype, rows.stop - rows.start
     first = pl.multiple_of(pl.program_id(1) * problem.block + rows.start, 16)
-    read, normed = reader(q_ref, 0, heads, at), "spread" in extras
-    tiles = prepared(problem, extras, 0, read, pl.ds(first, size), None, dtype, normed)
+    tiles = prepared(problem, extras, 0, reader(q_ref, 0, heads, at), pl.ds(first, size), None, dtype, wait)
     ones = jnp.full((size, LANES), 1.0 if hides_keys(problem, extras) else 0.0, dtype)
     for head in range(heads.count):
         other = choose(lambda lane, head=head: lane == heads.spare(head), ones, jnp.zeros_like(ones))
@@ -364,6 +366,7 @@ def forward_call(name, q, k, v, lanes, extras, problem, logs=False):
     )
     heads = problem.heads
     extras = whole_channels(problem, extras, q.dtype)
+    at_once = max(rows.stop - rows.start for rows, _ in row_chunks(problem, padded))
     scratch = [
         pltpu.VMEM((heads.count, padded, LANES), q.dtype),
         pltpu.VMEM((heads.count, heads.rows + 8, padded), q.dtype),
@@ -373,6 +376,7 @@ def forward_call(name, q, k, v, lanes, extras, problem, logs=False):
         else [pltpu.VMEM((1, padded, block), jnp.float32)] * problem.group,
         pltpu.VMEM((heads.count * heads.rows, block), jnp.float32),
         pltpu.VMEM((heads.count, 1, block), jnp.float32),
+        [pltpu.VMEM((heads.tiles, at_once, LANES), jnp.float32)] * ("spread" in extras),
     ]
     widths = [channels, LANES] if logs else [channels]
     found = pl.pallas_call(

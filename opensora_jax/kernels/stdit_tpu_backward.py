@@ -23,6 +23,7 @@ from opensora_jax.kernels import blocks, spec, tpu_channels, tpu_slopes
 from opensora_jax.kernels.spec import Call
 from opensora_jax.kernels.tpu_lanes import LANES, LOG2E, OLDER, hold, lanes_of, unknown_zero, word
 from opensora_jax.kernels.tpu_rows import (
+    CHUNK,
     chunk_of_a_row,
     each_chunk,
     existing,
@@ -53,7 +54,7 @@ def _bytes(padded: int, channels: int, itemsize: int, extra: int, buffers: int) 
     a straight line of 1,024 with norm and rotation, 28.3 of 2,432 rows with both, 22.9 of 2,944 plain ones."""
     moving = buffers * (8 * channels + LANES) * itemsize  # qkv, the result and their gradients, logarithms
     at_work = (32_000 if padded <= STRAIGHT else 5_120) * itemsize // 2
-    return padded * (moving + at_work + extra)
+    return padded * (moving + at_work + extra) + 4 * CHUNK * channels
 
 
 def gradients(qkv, extras, d_out, out, logs, problem):
@@ -79,7 +80,7 @@ def gradients(qkv, extras, d_out, out, logs, problem):
     if normed:
         out_specs.append(pl.BlockSpec((1, 2, 8, c3 // 3), lambda i: (i, 0, 0, 0)))
         out_shape.append(jax.ShapeDtypeStruct((rows, 2, 8, c3 // 3), jnp.float32))
-        scratch["held"] = pltpu.VMEM((heads.tiles, chunk_of_a_row(problem), LANES), jnp.float32)
+        scratch["held"] = pltpu.VMEM((2 * heads.tiles, chunk_of_a_row(problem), LANES), jnp.float32)
     if _is_straight(problem) and (normed or "rope" in extras):
         scratch["ready"] = pltpu.VMEM(whole_row(problem, padded, 2 * c3 // 3), qkv.dtype)
     extras = whole_channels(problem, extras, qkv.dtype) | {"spread": tpu_channels.spreading(heads, qkv.dtype)}
@@ -165,7 +166,9 @@ class _Row:
         self.tiles = [(at_query, at_key) for at_query in queries for at_key in keys]
         self.stages = self.start, self.soften, self.finish
         self.keys, self.queries, self.products, self.softened, self.d_q = {}, {}, {}, {}, {}
-        self.normed, self.zero, self.count = "held" in scratch, unknown_zero(1), itertools.count()
+        self.zero, self.count = unknown_zero(1), itertools.count()
+        wait = lambda tile, x: hold(scratch["held"], (tile,), x, self.zero)
+        self.wait = wait if "held" in scratch else None
         self.first = 0  # block of the loop that runs; all others count from it
 
     def at(self, i):
@@ -286,18 +289,22 @@ def _prepare(row, rows, at):
     problem, heads = row.problem, row.heads
     for which in range(2):
         read, valid = reader(row.qkv_ref, which, heads, at), _valid(problem, rows)
-        tiles = prepared(problem, row.extras, which, read, rows, valid, row.dtype, row.normed)
+        tiles = prepared(problem, row.extras, which, read, rows, valid, row.dtype, row.wait)
         for tile in range(heads.tiles):
             _put(row.ready, which * heads.tiles + tile, at, tiles(tile))
 
 
 def _undo(row, d_norm_ref, rows, at):
     """From gradients of what was prepared to gradients of q and k, of some rows. d_norm_ref: in a list, or none."""
-    for which in range(2):
-        side = _Side(row, which, rows, at)
-        undone = side.normalised(*d_norm_ref) if d_norm_ref else side.rotated
-        for tile in range(row.heads.tiles):
-            _put(row.d_ref, which * row.heads.tiles + tile, at, undone(tile))
+    sides, tiles = [_Side(row, which, rows, at) for which in range(2)], range(row.heads.tiles)
+    # Tile by tile, not side by side: q and k share the rotation's tables, and both wait less (v6e: 14% less time).
+    products = [[side.products(tile) for side in sides] for tile in tiles] if d_norm_ref else []
+    undone = [
+        side.normalised([x[which] for x in products], *d_norm_ref) if d_norm_ref else side.rotated
+        for which, side in enumerate(sides)
+    ]
+    for tile, which in itertools.product(tiles, range(2)):
+        _put(row.d_ref, which * row.heads.tiles + tile, at, undone[which](tile))
 
 
 class _Side:
@@ -331,14 +338,15 @@ class _Side:
         u, g = self.raw(tile), self.gradient(tile)
         u = tpu_channels.turn(u, self.tables(tile)) if self.turned_first else u
         g = tpu_channels.turn_back(g, self.tables(tile)) if self.turned_last else g
-        self.waiting[tile] = hold(self.row.scratch["held"], (tile,), g if self.turned_last else u, self.row.zero)
+        there = self.which * self.row.heads.tiles + tile
+        self.waiting[tile] = self.row.wait(there, g if self.turned_last else u)
         return (self.weight(tile) * g * u).astype(self.row.dtype)
 
-    def normalised(self, d_norm_ref):
+    def normalised(self, products, d_norm_ref):
         """tile → gradient; adds that of the norm's weight."""
         heads, spread, dtype = self.row.heads, self.row.extras["spread"], self.row.dtype
-        root = tpu_channels.root_marks(heads, self.raw, spread, dtype)
-        along = root * root * root * tpu_channels.collect(heads, spread, self.products) * (1.0 / heads.dim)
+        root = tpu_channels.root_marks(heads, lambda tile: existing(self.x(tile), self.valid), spread)
+        along = root * root * root * tpu_channels.collect(heads, spread, products.__getitem__) * (1.0 / heads.dim)
         root_of, along_of = (tpu_channels.spread_out(heads, spread, marks, dtype) for marks in (root, along))
 
         def undone(tile):

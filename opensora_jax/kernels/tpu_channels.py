@@ -112,14 +112,9 @@ def spread_out(heads: Heads, spread, marks, dtype):
     return lambda tile: of_pair(tile // 2)[:, lanes_of(tile % 2)]
 
 
-def reciprocal_roots(heads: Heads, tile_of, spread, dtype):
-    """tile → [rows, 128]: 1 / root mean square of the head that each lane belongs to; tile_of(tile): float32."""
-    return spread_out(heads, spread, root_marks(heads, tile_of, spread, dtype), dtype)
-
-
-def root_marks(heads: Heads, tile_of, spread, dtype):
-    """The same as marks."""
-    sums = collect(heads, spread, lambda tile: jnp.square(tile_of(tile)).astype(dtype))
+def root_marks(heads: Heads, tile_of, spread):
+    """1 / root mean square of each head, as marks; tile_of(tile): in the working dtype."""
+    sums = collect(heads, spread, lambda tile: jnp.square(tile_of(tile)))
     return jax.lax.rsqrt(sums * (1.0 / heads.dim) + 1e-6)
 
 

@@ -57,25 +57,34 @@ def whole_channels(problem, extras, dtype):
     return found
 
 
-def prepared(problem, extras, which, read, rows, valid, dtype, normed):
-    """tile → [rows, 128] of q (0) or k (1), normalised, rotated and scaled, as they lie. Only k is scaled."""
-    heads = problem.heads
-    load = lambda tile: existing(read(tile).astype(jnp.float32), valid)
+def prepared(problem, extras, which, read, rows, valid, dtype, wait):
+    """tile → [rows, 128] of q (0) or k (1), normalised, rotated and scaled, as they lie. Only k is scaled. wait: holds a tile of
+    what was rotated while norms are summed and gives the function that reads it; None where nothing is normalised."""
+    heads, waiting = problem.heads, {}
+    last = lambda x: existing(x.astype(dtype), valid)
     if "weight" not in extras:
-        return read if which == 0 else functools.cache(lambda tile: (load(tile) * problem.scale).astype(dtype))
-    if normed:
-        root = tpu_channels.reciprocal_roots(heads, load, extras["spread"], dtype)
+        return (
+            read if which == 0 else functools.cache(lambda tile: last(read(tile).astype(jnp.float32) * problem.scale))
+        )
 
-    @functools.cache
-    def found(tile):
-        x, weight = load(tile), extras["weight"][which : which + 1, lanes_of(tile)]
+    def turned(tile):
+        x, weight = read(tile).astype(jnp.float32), extras["weight"][which : which + 1, lanes_of(tile)]
         x = x * weight if problem.norm_first else x
         if "tables" in extras:
             x = tpu_channels.turn(x, turning(extras, rows, tile))
-        x = x if problem.norm_first else x * weight
-        return (x * root(tile) if normed else x).astype(dtype)
+        return x if problem.norm_first else x * weight
 
-    return found
+    if not wait:
+        return functools.cache(lambda tile: last(turned(tile)))
+
+    def passing(tile):
+        if "tables" in extras:
+            waiting[tile] = wait(tile, turned(tile))
+        return read(tile)
+
+    marks = tpu_channels.root_marks(heads, passing, extras["spread"])
+    root = tpu_channels.spread_out(heads, extras["spread"], marks, dtype)
+    return functools.cache(lambda tile: last((waiting[tile]() if tile in waiting else turned(tile)) * root(tile)))
 
 
 def turning(extras, rows, tile: int):
