@@ -333,10 +333,17 @@ class Block:
     def _prepare(self, chunk: Chunk, refs, roots):
         tiles, rows = self.heads.tiles, self.rows_at(chunk)
         every = [(ref, tile) for ref in refs for tile in range(ref.shape[-1] // LANES)]
+        plain = not self.extras["norm"] and "b" not in self.extras
         for index, (ref, tile) in enumerate(every):
-            self.fetch(ref, tile, chunk, index)
+            if plain and index < tiles:  # q is scaled alone, and read once
+                x = ref[(*self.frames_at(chunk), slice(None), lanes_of(tile))].reshape(-1, LANES)
+                self.put(0, tile, chunk, self.times(x.astype(jnp.float32), "a", 0, tile, chunk))
+            else:
+                self.fetch(ref, tile, chunk, index)
+        if plain:
+            return
         if not self.extras["norm"]:
-            for which in range(2 if "b" in self.extras else 1):  # k's scale is one
+            for which in range(2):
                 turned = self.turned(self.reader(which, chunk), FORTH, which, chunk)
                 for tile in range(tiles):
                     self.put(which, tile, chunk, turned(tile))
