@@ -68,8 +68,14 @@ class Problem(NamedTuple):
 
     @property
     def words(self) -> int:
-        """Words of one frame of the block (a load's stride)."""
+        """Words of one frame of the block."""
         return self.block // self.pack
+
+    @property
+    def pitch(self) -> int:
+        """From one frame's words to the next one's, a load's stride: odd, for eights would meet half of the memory's banks, and
+        take two loads."""
+        return self.words if self.units == 0 else self.words + 1
 
     @property
     def rows(self) -> int:
@@ -114,7 +120,7 @@ class Problem(NamedTuple):
         """Of so many arrays of C channels as words; and of q and k of a chunk in float32."""
         tiles = self.heads.tiles
         waiting = pltpu.VMEM((tiles, max(self.chunk_rows, self.block), LANES), jnp.float32)
-        return [pltpu.VMEM((arrays * tiles, self.padded * self.words, LANES), self.word), [waiting, waiting]]
+        return [pltpu.VMEM((arrays * tiles, self.padded * self.pitch, LANES), self.word), [waiting, waiting]]
 
     def held(self, together: int, *shape: int, dtype) -> list:
         """For `Block.hold`: as much for each head at work. Long rows would fill the fast memory: theirs stay with the
@@ -182,7 +188,7 @@ class Chunk(NamedTuple):
 
 
 class Block:
-    """One program's positions as words [arrays * tiles, frames * words, 128]."""
+    """One program's positions as words [arrays * tiles, frames * pitch, 128]."""
 
     def __init__(self, problem: Problem, extras, words, waiting, dtype):
         self.problem, self.heads, self.extras, self.dtype = problem, problem.heads, extras, dtype
@@ -218,14 +224,26 @@ class Block:
         jax.lax.fori_loop(0, turns, lambda i, _: (body(i * beside), 0)[1], 0)
 
     def rows_at(self, chunk: Chunk):
-        """The same as single positions."""
-        at = self.at(chunk)
-        return pl.ds(at.start * self.problem.pack, at.size * self.problem.pack)
+        """Its rows of single positions."""
+        block = self.problem.block
+        return pl.ds(pl.multiple_of(chunk.first * block, block), chunk.count * block)
 
-    def at(self, chunk: Chunk):
-        """Its rows of words."""
-        words = self.problem.words
-        return pl.ds(pl.multiple_of(chunk.first * words, words), chunk.count * words)
+    def _at(self, chunk: Chunk, first: int = 0, count: int | None = None):
+        """Where so many words of each of its frames lie, from the first one on."""
+        count, pitch = count or self.problem.words, self.problem.pitch
+        if count == pitch:
+            return [pl.ds(pl.multiple_of(chunk.first * count, count), chunk.count * count)]
+        return [pl.ds((chunk.first + frame) * pitch + first, count) for frame in range(chunk.count)]
+
+    def _words(self, tile: int, chunk: Chunk):
+        parts = [self.words[tile, at] for at in self._at(chunk)]
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 0)
+
+    def _lay(self, tile: int, chunk: Chunk, words, first: int = 0):
+        """words: as many of each frame, from the first one on."""
+        places = self._at(chunk, first, len(words) // chunk.count)
+        for place, part in zip(places, words.reshape(len(places), -1, LANES)):
+            self.words[tile, place] = part
 
     def frames_at(self, chunk: Chunk):
         """Where its frames lie in a block of [pieces, 1, frames of a piece, ..]."""
@@ -255,17 +273,10 @@ class Block:
 
     def fetch(self, ref, tile: int, chunk: Chunk, to: int):
         """Into words."""
-        problem, step = self.problem, 8 if self.halves else self.problem.block
-        words = step // problem.pack
-        for start in range(0, problem.block, step):
+        step = 8 if self.halves else self.problem.block
+        for start in range(0, self.problem.block, step):
             x = ref[(*self.frames_at(chunk), pl.ds(start, step), lanes_of(tile))]
-            x = words_of(x.reshape(chunk.count * step, LANES)).reshape(chunk.count, words, LANES)
-            if words == problem.words:
-                self.words[to, self.at(chunk)] = x.reshape(-1, LANES)
-                continue
-            first = pl.multiple_of(chunk.first * problem.words + start // problem.pack, words)
-            for frame in range(chunk.count):
-                self.words[to, pl.ds(first + frame * problem.words, words)] = x[frame]
+            self._lay(to, chunk, words_of(x.reshape(-1, LANES)), start // self.problem.pack)
 
     def write(self, ref, tile: int, chunk: Chunk, words):
         x = values_of(words, self.dtype).reshape(chunk.count, self.problem.block, LANES)
@@ -274,7 +285,7 @@ class Block:
     def give(self, ref, tiles, chunk: Chunk):
         """Some tiles as they are."""
         for tile in tiles:
-            self.write(ref, tile, chunk, self.words[tile, self.at(chunk)])
+            self.write(ref, tile, chunk, self._words(tile, chunk))
 
     def times(self, x, name: str, which: int, tile: int, chunk: Chunk):
         """x [rows, 128] by a table of [2 or 1, frames or 1, 1, C]."""
@@ -326,7 +337,7 @@ class Block:
         self.clear(refs)
         self.each_chunk(functools.partial(self._prepare, refs=refs, roots=roots))
         problem = self.problem
-        used = problem.frames * problem.words
+        used = problem.frames * problem.pitch
         for tile in range(self.words.shape[0] if problem.padded != problem.frames else 0):
             self.words[tile, used:, :] = jnp.zeros((self.words.shape[1] - used, LANES), self.words.dtype)
 
@@ -371,17 +382,15 @@ class Block:
 
     def reader(self, array: int, chunk: Chunk):
         """tile → [rows, 128] of q (0), k (1) or what lies behind them."""
-        tiles, at = self.heads.tiles, self.at(chunk)
-        return lambda tile: values_of(self.words[array * tiles + tile, at], self.dtype)
+        return lambda tile: values_of(self._words(array * self.heads.tiles + tile, chunk), self.dtype)
 
     def put(self, which: int, tile: int, chunk: Chunk, x):
         to = which * self.heads.tiles + tile
         if not self.halves:
-            self.words[to, self.at(chunk)] = words_of(x.astype(self.dtype))
-            return
+            return self._lay(to, chunk, words_of(x.astype(self.dtype)))
         for first, part in self._parts(x):
-            at = chunk.first * self.problem.words + first
-            self.words[to, pl.ds(pl.multiple_of(at, len(part)), len(part))] = part
+            frame, word = divmod(first, self.problem.words)
+            self._lay(to, Chunk(chunk.first + frame, 1), part, word)
 
     def load(self, tile: int, index):
         """[rows / pack / 8, 8, 128] of one tile of scores, as words."""
@@ -419,8 +428,8 @@ class Block:
     def _unit(self, index, unit: int, first: int = 0, count: int | None = None):
         """So many frames from the first one on."""
         problem = self.problem
-        start = index * problem.units + unit + first * problem.words
-        return pl.ds(start, count or problem.padded, stride=problem.words)
+        start = index * problem.units + unit + first * problem.pitch
+        return pl.ds(start, count or problem.padded, stride=problem.pitch)
 
     def operand(self, index, which: int, head: int, other=None):
         """[rows, 128] of a head; `other`, as words, in the lanes of other heads, or what lies there."""
