@@ -90,21 +90,22 @@ def bytes_of(problem, normed: bool, rotated: bool, buffers: int) -> int:
 def _scratch(problem, normed: bool) -> list:
     rows, words = problem.rows, problem.rows // problem.pack
     roots = [pltpu.VMEM((2, problem.padded * problem.block, LANES), jnp.float32)]
-    held = functools.partial(problem.held, TOGETHER)
-    # What takes more than two turns of the loop over tiles gets slower than with the compiler's spills (v6e, 2026-11-29).
-    few = problem.tiles <= 2 * problem.beside
+    held, whole = functools.partial(problem.held, TOGETHER), not problem.halves
     return [
         *problem.scratch(ARRAYS),
-        held(3, words, LANES, dtype=problem.word) * few,  # q, k and the gradient of the result
-        held(2, rows, rows, dtype=jnp.float32),  # scores and gradients of the weights
-        held(2, words, rows, dtype=problem.word) * few,  # weights and gradients of the scores
+        held(3, words, LANES, dtype=problem.word),  # q, k and the gradient of the result
+        held(1, LANES // problem.pack, rows, dtype=problem.word) * whole,  # the latter transposed
+        held(2, rows, rows, dtype=jnp.float32),  # scores, later weights; gradients of the weights
+        held(2, words, rows, dtype=problem.word) * whole,  # weights and gradients of the scores
         *normed * roots,
     ]
 
 
 def kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
     heads, dtype = problem.heads, d_ref.dtype
-    d_norm_ref, words, waiting, sides, products, factors, roots = rest if extras["norm"] else (None, *rest, None)
+    d_norm_ref, words, waiting, sides, turned, products, factors, roots = (
+        rest if extras["norm"] else (None, *rest, None)
+    )
     block = Block(problem, extras, words, waiting, dtype)
     block.prepare([qkv_ref, do_ref], roots)
     scales = heads.dim**-0.5, 1.0 / LOG2E  # of the gradients of q and k
@@ -122,23 +123,25 @@ def kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
                 k = block.operand(first + slot, 1, head, k_code)
                 do = block.operand(first + slot, 3, head, nothing)
                 v = block.operand(first + slot, 2, head)  # other heads' lanes meet zeros
-                scores, item = dot(k, q, ROWS_BY_ROWS), slot * heads.count + head
-                held = block.hold(products, item, scores, dot(v, do, ROWS_BY_ROWS))
-                started[slot, head] = (
-                    scores.max(0, keepdims=True),
-                    held,
-                    block.hold(sides, item, q, k, do),
-                )
+                item = slot * heads.count + head
+                operands = block.hold(sides, item, q, k, do)
+                # Loads run ahead of the products that they are for: what is read back at once waits in memory, not in registers.
+                q, k, do = (q, k, do) if block.halves else operands()
+                (do_turned,) = block.hold(turned, item, do.T)()
+                scores = dot(k, q, ROWS_BY_ROWS)
+                held = block.hold(products, item, scores, dot(v, do_turned))
+                started[slot, head] = scores.max(0, keepdims=True), held, operands
             for slot, head in between:
                 # [keys, queries]: sums over keys cross no lanes. Both at once, of what is not divided yet.
                 peak, held, operands = started.pop((slot, head))
                 scores, d_weights = held()
-                weights = jnp.exp2(scores - peak)
+                weights, item = jnp.exp2(scores - peak), slot * heads.count + head
+                again = block.hold(products, item, weights)  # until their sum is known
                 share = jnp.where(peak > FAR / 2, 1.0 / weights.sum(0, keepdims=True), 0.0)
                 mean = share * (weights * d_weights).sum(0, keepdims=True)
-                weights = weights * share
-                results = (x.astype(dtype) for x in (weights, weights * (d_weights - mean)))
-                softened[slot, head] = block.hold(factors, slot * heads.count + head, *results), operands
+                (weights,), (_, d_weights) = again(), held()
+                results = weights * share, weights * ((d_weights - mean) * share)
+                softened[slot, head] = block.hold(factors, item, *(x.astype(dtype) for x in results)), operands
             for slot, head in ending:
                 weights, slope, q, k, do = (x for held in softened.pop((slot, head)) for x in held())
                 gradients = dot(slope, k, COLUMNS_BY_COLUMNS), dot(slope, q), dot(weights, do)

@@ -113,6 +113,11 @@ class Problem(NamedTuple):
         return tpu_lanes.word(self.itemsize)
 
     @property
+    def halves(self) -> bool:
+        """Do half-filled registers of bfloat16 stay apart?"""
+        return self.pack > 1 and spec.chip() in OLDER
+
+    @property
     def chunk_rows(self) -> int:
         return CHUNK_ROWS if self.frames <= 64 else CHUNK_ROWS // 2
 
@@ -195,8 +200,7 @@ class Block:
         self.words, self.waiting = words, waiting
         self.exist = problem.positions - pl.program_id(1) * problem.block  # positions from the first one on
         self.zero = unknown_zero(2)
-        # Half-filled registers of bfloat16 stay apart.
-        self.halves = problem.pack > 1 and spec.chip() in OLDER
+        self.halves = problem.halves
         self.lane = jax.lax.broadcasted_iota(jnp.int32, (8, LANES), 1)
 
     def each_chunk(self, body):
