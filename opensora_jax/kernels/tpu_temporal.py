@@ -104,7 +104,7 @@ class Problem(NamedTuple):
         """(starting, in the middle, ending): each a list of (which of the tiles beside each other, head), so many heads at
         once, but four of long rows, whose scores would fill the fast memory."""
         every = [(slot, head) for slot in range(self.beside) for head in range(self.heads.count)]
-        together = together if self.rows <= TILE_ROWS else min(together, 4)
+        together = self._together(together)
         work = [every[start : start + together] for start in range(0, len(every), together)]
         return zip([*work, [], []], [[], *work, []], [[], [], *work])
 
@@ -128,10 +128,11 @@ class Problem(NamedTuple):
         return [pltpu.VMEM((arrays * tiles, self.padded * self.pitch, LANES), self.word), [waiting, waiting]]
 
     def held(self, together: int, *shape: int, dtype) -> list:
-        """For `Block.hold`: as much for each head at work. Long rows would fill the fast memory: theirs stay with the
-        compiler."""
-        count = min(2 * together, self.beside * self.heads.count) if self.rows <= TILE_ROWS else 0
-        return [pltpu.VMEM(shape, dtype)] * count
+        """For `Block.hold`: as much for each head at work."""
+        return [pltpu.VMEM(shape, dtype)] * min(2 * self._together(together), self.beside * self.heads.count)
+
+    def _together(self, heads: int) -> int:
+        return heads if self.rows <= TILE_ROWS else min(heads, 4)
 
     def frame_of_row(self) -> np.ndarray:
         row = np.arange(self.rows)
