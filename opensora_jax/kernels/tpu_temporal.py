@@ -323,7 +323,7 @@ class Block:
         return found + self.times(swapped, names[1], which, tile, chunk) if other else found
 
     def hold(self, there: list, item: int, *values):
-        """Writes them to memory, in turn with other items, and gives the function that reads them, once."""
+        """Writes them to memory, in turn with other items, and gives the function that reads them."""
         if not there:
             return lambda: values
         ref = there[item % len(there)]
