@@ -118,17 +118,17 @@ def test_a_search_ranks_what_fits(cfg, monkeypatch):
 
 
 def test_the_formula_agrees_with_the_tpu_compiler():
-    """STDiT 1.0 at full size on 8 devices: what the compiler counted (python -m benchmarks.plans stdit-v6e-8, 2026-11-29)
+    """STDiT 1.0 at full size on 8 devices: what the compiler counted (python -m benchmarks.plans stdit-v6e-8, 2026-12-01)
     against a plan for GPUs, which have nothing else. Their rates alone are the chip's."""
     cfg = config.build(RunConfig, config.load("configs/v1_0/stdit.py", ["--config.mesh.fsdp=1"]), "config")
     plan = formula.Traced.of(target.traced(cfg, GPUS, "train")).plan(cfg, GPUS)
     moved = {c.kind: c.moved for c in plan.collectives}
-    assert plan.hardware_flops / 8 == pytest.approx(53.95e12, rel=1e-3)
+    assert plan.hardware_flops / 8 == pytest.approx(53.81e12, rel=1e-3)
     assert moved["all-to-all"] == pytest.approx(2312.1e6, rel=1e-3)
     assert moved["all-gather"] == pytest.approx(2629.4e6, rel=0.1)
     assert moved["reduce-scatter"] == pytest.approx(1328.0e6, rel=0.1)
     assert plan.memory.arguments == pytest.approx(1.543e9, rel=0.02)
-    assert 3.28e9 < plan.memory.peak < 1.35 * 3.28e9  # never promises what does not fit
+    assert 3.30e9 < plan.memory.peak < 1.35 * 3.30e9  # never promises what does not fit
 
 
 def test_only_sparse_cores_exchange_beside_computation():
