@@ -111,7 +111,6 @@ def kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
     block = Block(problem, extras, words, waiting, dtype)
     block.prepare([qkv_ref, do_ref], roots)
     scales = heads.dim**-0.5, 1.0 / LOG2E  # of the gradients of q and k
-    plain = d_norm_ref is None and "cos" not in extras
 
     def body(first):
         q_code, k_code = extras["q_code"][...], extras["k_code"][0]
@@ -148,16 +147,18 @@ def kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
                 weights, slope, q, k, do = (x for held in softened.pop((slot, head)) for x in held())
                 gradients = dot(slope, k, COLUMNS_BY_COLUMNS), dot(slope, q), dot(weights, do)
                 for array, x in enumerate(gradients):
-                    found[slot][array][head] = x * scales[array] if plain and array < 2 else x
+                    found[slot][array][head] = x * scales[array] if block.plain and array < 2 else x
         for slot, arrays in enumerate(found):
             for array, results in enumerate(arrays):
                 block.save(array, first + slot, results)
 
     block.each_tile(body)
-    block.each_chunk(functools.partial(block.give, d_ref, range(0 if plain else 2 * heads.tiles, 3 * heads.tiles)))
+    block.each_chunk(
+        functools.partial(block.give, d_ref, range(0 if block.plain else 2 * heads.tiles, 3 * heads.tiles))
+    )
     if d_norm_ref is not None:
         d_norm_ref[...] = jnp.zeros_like(d_norm_ref)
-    if not plain:
+    if not block.plain:
         block.each_chunk(functools.partial(_undo, block, qkv_ref, d_ref, d_norm_ref, roots))
 
 

@@ -202,6 +202,7 @@ class Block:
         self.exist = problem.positions - pl.program_id(1) * problem.block  # positions from the first one on
         self.zero = unknown_zero(2)
         self.halves = problem.halves
+        self.plain = not extras["norm"] and "b" not in extras  # q is scaled, and nothing else is changed
         self.lane = jax.lax.broadcasted_iota(jnp.int32, (8, LANES), 1)
 
     def each_chunk(self, body):
@@ -349,14 +350,13 @@ class Block:
     def _prepare(self, chunk: Chunk, refs, roots):
         tiles, rows = self.heads.tiles, self.rows_at(chunk)
         every = [(ref, tile) for ref in refs for tile in range(ref.shape[-1] // LANES)]
-        plain = not self.extras["norm"] and "b" not in self.extras
         for index, (ref, tile) in enumerate(every):
-            if plain and index < tiles:  # q is scaled alone, and read once
+            if self.plain and index < tiles:  # read once
                 x = ref[(*self.frames_at(chunk), slice(None), lanes_of(tile))].reshape(-1, LANES)
                 self.put(0, tile, chunk, self.times(x.astype(jnp.float32), "a", 0, tile, chunk))
             else:
                 self.fetch(ref, tile, chunk, index)
-        if plain:
+        if self.plain:
             return
         if not self.extras["norm"]:
             for which in range(2):
