@@ -41,7 +41,9 @@ from opensora_jax.kernels.tpu_rows import (
 )
 
 STRAIGHT = 1024  # tokens of a padded row
-WAITING = 4  # tiles of weights and slopes
+SHORT = 512  # the same: operands wait, `_late` and in memory; in rows of 1,024 no fewer registers would spill (v6e, 2026-12-01)
+EARLY = 0.5  # share of a tile's exponents
+WAITING = 4  # tiles of weights and slopes, blocks of transposed operands
 
 
 def least_bytes(call: Call) -> int:
@@ -66,16 +68,23 @@ def gradients(qkv, extras, d_out, out, logs, problem):
     single = {} if double else {"pipeline_mode": pl.Buffered(1)}
     row = lambda width: pl.BlockSpec(whole_row(problem, padded, width), lambda i: (0, i, 0, 0), **single)
     out_specs, out_shape = [row(c3)], [jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)]
-    total = lambda rows: pltpu.VMEM((2, heads.rows, rows), jnp.float32)
+    newer = spec.chip() not in OLDER
+    short = newer and problem.padded <= min(SHORT, STRAIGHT)
+    # Where heads share one, a head's sums are read early, for another's, and spill.
+    total = lambda rows: pltpu.VMEM((heads.count if short else 2, heads.rows, rows), jnp.float32)
+    words = lambda n, rows, lanes: pltpu.VMEM(
+        (n, WAITING, rows * qkv.dtype.itemsize // 4, lanes), word(qkv.dtype.itemsize)
+    )
     scratch = {"deltas": pltpu.VMEM((padded, LANES), qkv.dtype)}
     scratch |= {
         "d_values": total(problem.padded),
         "d_keys": total(problem.padded),
         "d_queries": total(problem.block_backward),
     }
-    if spec.chip() not in OLDER:
-        tile = tpu_slopes.KEY_TILE * qkv.dtype.itemsize // 4, tpu_slopes.QUERY_TILE
-        scratch["softened"] = pltpu.VMEM((2, WAITING, *tile), word(qkv.dtype.itemsize))
+    if newer:
+        scratch["softened"] = words(2, tpu_slopes.KEY_TILE, tpu_slopes.QUERY_TILE)
+    if short:
+        scratch["turned"] = words(3, heads.rows, padded)
     normed = "norm" in extras
     if normed:
         out_specs.append(pl.BlockSpec((1, 2, 8, c3 // 3), lambda i: (i, 0, 0, 0)))
@@ -159,16 +168,20 @@ class _Row:
         self.ready = scratch.get("ready", d_ref) if "weight" in extras else qkv_ref
         self.scale = problem.scale if self.ready is qkv_ref else 1.0  # that k does not have yet
         self.dtype, self.rows, self.padded = qkv_ref.dtype, problem.block_backward, problem.padded
-        self.whole = (0, 0, slice(0, self.padded)) if problem.pieces == 1 else (slice(None), 0, slice(None))
+        self.whole = (
+            (0, 0, pl.ds(0, self.padded)) if problem.pieces == 1 else (pl.ds(0, problem.pieces), 0, slice(None))
+        )
         self.blocks = -(-problem.size // self.rows)
         queries = tpu_slopes.cuts(self.rows, tpu_slopes.QUERY_TILE)
         keys = tpu_slopes.cuts(self.padded, tpu_slopes.KEY_TILE)
         self.tiles = [(at_query, at_key) for at_query in queries for at_key in keys]
         self.stages = self.start, self.soften, self.finish
         self.keys, self.queries, self.products, self.softened, self.d_q = {}, {}, {}, {}, {}
+        self.exponents = []  # of the tiles of a short row
         self.zero, self.count = unknown_zero(1), itertools.count()
         wait = lambda tile, x: hold(scratch["held"], (tile,), x, self.zero)
         self.wait = wait if "held" in scratch else None
+        self.short = "turned" in scratch
         self.first = 0  # block of the loop that runs; all others count from it
 
     def at(self, i):
@@ -200,7 +213,9 @@ class _Row:
 
     def soften(self, head, i, at_query, at_key):
         tile = head, i, at_query.start, at_key.start
-        found, slot = tpu_slopes.slopes(*self.products.pop(tile), self.dtype), next(self.count) % WAITING
+        products, slot = self.products.pop(tile), next(self.count) % WAITING
+        self.exponents.append(products[0])
+        found = tpu_slopes.slopes(*products, self.dtype)
         if "softened" in self.scratch:
             rows, lanes = (at_key.stop - at_key.start) * self.dtype.itemsize // 4, at_query.stop - at_query.start
             there = [(which, slot, slice(rows), slice(lanes)) for which in range(2)]
@@ -211,15 +226,19 @@ class _Row:
 
     def finish(self, head, i, at_query, at_key):
         slopes = self.softened.pop((head, i, at_query.start, at_key.start))()
-        dv, dk, dq = tpu_slopes.gradients(self.keys[head], self.queries[head, i], at_key, at_query, *slopes)
+        keys, queries = self.keys[head], self.queries[head, i]
+        keys = keys._replace(k_t=keys.k_t())
+        queries = queries._replace(q_t=queries.q_t(), do_t=queries.do_t())
+        dv, dk, dq = tpu_slopes.gradients(keys, queries, at_key, at_query, *slopes)
         straight = isinstance(self.first, int)
         for total, x in zip(self.key_sums, (dv, dk)):
-            at = head % 2, slice(None), at_key
+            at = head % len(total), slice(None), at_key
             hold(total, at, x if straight and i == at_query.start == 0 else total[at] + x, self.zero)
-        total, at = self.query_sum, ((head * self.blocks + i) % 2, slice(None), at_query)
+        total, at = self.query_sum, ((head * self.blocks + i) % len(total), slice(None), at_query)
         dq = dq if at_key.start == 0 else total[at] + dq
+        if self.short or at_key.stop != self.padded:
+            dq = hold(total, at, dq, self.zero)()
         if at_key.stop != self.padded:
-            hold(total, at, dq, self.zero)
             return
         self.d_q.setdefault((head, i), []).append(dq)
         if at_query.stop == self.rows:
@@ -228,25 +247,46 @@ class _Row:
             if straight and (i + 1) * self.rows >= self.problem.size:
                 self.close(head)
 
+    def _late(self, at, share):
+        """`at`, in a short row not known before this share of the exponents of the tile half a head ago is: what waits for
+        nothing is made heads before its turn, and spills."""
+        ago = max(1, len(self.tiles) // 2)
+        if not self.short or len(self.exponents) < ago:
+            return at
+        x = self.exponents[-ago]
+        late = jax.lax.bitcast_convert_type(x[int(share * (len(x) - 1)), 0], jnp.int32) & self.zero
+        axis = 2 if self.problem.pieces == 1 else 0
+        start = pl.multiple_of(at[axis].start + late, 16) if axis == 2 else at[axis].start + late
+        return *at[:axis], pl.ds(start, at[axis].size), *at[axis + 1 :]
+
+    def _wait(self, which, slot, x):
+        """Transposed operands: the function that reads them."""
+        if not self.short:
+            return lambda: x
+        at = which, slot % WAITING, slice(None), slice(x.shape[1])
+        return hold(self.scratch["turned"], at, x, self.zero)
+
     def _read(self, head, which, at):
         """[rows, 128] of q (0), k (1) or v (2), with its neighbours."""
         return self.heads.gather(reader(self.ready if which < 2 else self.qkv_ref, which, self.heads, at), head)
 
     def open(self, head):
-        k, v = (self._read(head, which, self.whole) for which in (1, 2))
-        self.keys[head] = tpu_slopes.key_operands(self.heads, head, k.astype(jnp.float32) * self.scale, v, self._shown)
+        k, v = (self._read(head, which, self._late(self.whole, share)) for which, share in ((1, EARLY), (2, 1)))
+        found = tpu_slopes.key_operands(self.heads, head, k.astype(jnp.float32) * self.scale, v, self._shown)
+        self.keys[head] = found._replace(k_t=self._wait(0, head, found.k_t))
 
     def _queries(self, head, i):
         first, at = self.at(i)
-        do = self.heads.gather(reader(self.do_ref, 0, self.heads, at), head)
+        q = self._read(head, 0, self._late(at, EARLY))
+        do = self.heads.gather(reader(self.do_ref, 0, self.heads, self._late(at, 1)), head)
         marks = self.logs_ref[at].reshape(self.rows, LANES), self.deltas[pl.ds(first, self.rows), :]
-        return tpu_slopes.query_operands(
-            self.heads, head, self._read(head, 0, at), do, *marks, functools.partial(self._exist, first)
-        )
+        exist = functools.partial(self._exist, first)
+        found, slot = tpu_slopes.query_operands(self.heads, head, q, do, *marks, exist), head * self.blocks + i
+        return found._replace(q_t=self._wait(1, slot, found.q_t), do_t=self._wait(2, slot, found.do_t))
 
     def close(self, head):
         """Gradients of keys and values."""
-        dv, dk = (total[head % 2] for total in self.key_sums)
+        dv, dk = (total[head % len(total)] for total in self.key_sums)
         dv, dk = (self._turned(x, head) for x in (dv, dk * (self.scale / LOG2E)))
         self._give(head, 1, self.whole, dk)
         self._give(head, 2, self.whole, self._shown(dv))

@@ -85,7 +85,7 @@ def test_frames_where_half_registers_stay_apart(name, frames, monkeypatch):
     check(case, "bfloat16", functools.partial(stdit_attention, implementation="pallas_tpu"))
 
 
-@pytest.mark.parametrize("straight, parts, older", [(0, 1, False), (512, 1, False), (512, 2, True)])
+@pytest.mark.parametrize("straight, parts, older", [(0, 1, False), (512, 1, False), (512, 2, False), (512, 2, True)])
 def test_gradients_of_rows_in_many_tiles(straight, parts, older, monkeypatch):
     monkeypatch.setattr(stdit_tpu_backward, "STRAIGHT", straight)
     monkeypatch.setattr(stdit_tpu_backward, "OLDER", ("cpu",) * older)
