@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from opensora_jax.kernels import blocks, spec, tpu_channels, tpu_slopes
 from opensora_jax.kernels.spec import Call
-from opensora_jax.kernels.tpu_lanes import LANES, LOG2E, OLDER, hold, lanes_of, unknown_zero, word
+from opensora_jax.kernels.tpu_lanes import LANES, LOG2E, OLDER, hold, lanes_of, once, unknown_zero, word
 from opensora_jax.kernels.tpu_rows import (
     CHUNK,
     chunk_of_a_row,
@@ -254,7 +254,7 @@ class _Row:
         if not self.short or len(self.exponents) < ago:
             return at
         x = self.exponents[-ago]
-        late = jax.lax.bitcast_convert_type(x[int(share * (len(x) - 1)), 0], jnp.int32) & self.zero
+        late = once(x, int(share * (len(x) - 1)), self.zero)
         axis = 2 if self.problem.pieces == 1 else 0
         start = pl.multiple_of(at[axis].start + late, 16) if axis == 2 else at[axis].start + late
         return *at[:axis], pl.ds(start, at[axis].size), *at[axis + 1 :]
@@ -379,7 +379,8 @@ class _Side:
         u = tpu_channels.turn(u, self.tables(tile)) if self.turned_first else u
         g = tpu_channels.turn_back(g, self.tables(tile)) if self.turned_last else g
         there = self.which * self.row.heads.tiles + tile
-        self.waiting[tile] = self.row.wait(there, g if self.turned_last else u)
+        self.waiting[tile] = held = self.row.wait(there, g if self.turned_last else u)
+        u, g = (u, held()) if self.turned_last else (held(), g)
         return (self.weight(tile) * g * u).astype(self.row.dtype)
 
     def normalised(self, products, d_norm_ref):

@@ -81,7 +81,7 @@ def _call(qkv, norm, rope, shown, problem):
         out_shape=jax.ShapeDtypeStruct((*qkv.shape[:4], problem.heads.channels), qkv.dtype),
         scratch_shapes=[
             *problem.scratch(3),
-            problem.held(TOGETHER, 1, problem.rows, problem.rows, dtype=jnp.float32),
+            problem.held(2 * TOGETHER, 1, problem.rows, problem.rows, dtype=jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=blocks.vmem()

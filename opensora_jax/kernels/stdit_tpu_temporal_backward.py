@@ -26,12 +26,14 @@ from opensora_jax.kernels.tpu_lanes import (
     dot,
     hold,
     lanes_of,
+    once,
     words_of,
 )
 from opensora_jax.kernels.tpu_temporal import FAR, FORTH, TILE_ROWS, Block
 
 ARRAYS = 4  # that lie in fast memory as words: q, k, v and the gradient of the result
-TOGETHER = 16  # heads
+TOGETHER = 16  # heads; of long rows one by one, which takes 2 to 4% less time than four (v5e, v6e, 2026-12-01)
+AHEAD = 6  # tiles of lanes for which norms lie spread over their heads
 SPILLS = 2 << 20
 BACK = ("cos", "sin_back")  # the rotation's tables on the way back
 
@@ -90,9 +92,8 @@ def bytes_of(problem, normed: bool, rotated: bool, buffers: int) -> int:
 def _scratch(problem, normed: bool) -> list:
     rows, words = problem.rows, problem.rows // problem.pack
     roots = [pltpu.VMEM((2, problem.padded * problem.block, LANES), jnp.float32)]
-    # Long rows take 8% more time if they wait in memory (v6e, 2026-12-01).
-    held = functools.partial(problem.held, TOGETHER if problem.rows <= TILE_ROWS else 0)
     whole = not problem.halves
+    held = functools.partial(problem.held, problem.items if whole or problem.rows <= TILE_ROWS else 0)
     return [
         *problem.scratch(ARRAYS),
         held(3, words, LANES, dtype=problem.word),  # q, k and the gradient of the result
@@ -118,7 +119,7 @@ def kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
         found = [[[None] * heads.count for _ in range(3)] for _ in range(problem.beside)]
         started, softened = {}, {}
         # Some heads' products run beside the softmax of those before and the gradients of the ones before those.
-        for starting, between, ending in problem.stages(TOGETHER):
+        for starting, between, ending in problem.stages(TOGETHER if problem.rows <= TILE_ROWS else 1):
             for slot, head in starting:
                 q = block.operand(first + slot, 0, head, q_code)
                 k = block.operand(first + slot, 1, head, k_code)
@@ -183,7 +184,9 @@ def _undo(block, qkv_ref, d_ref, d_norm_ref, roots, chunk):
     # Which of the two is behind a rotation is turned, and waits.
     source, names = (every_g, BACK) if problem.norm_first else (every_u, FORTH)
     turned = [block.turned(source[which], names, which, chunk) for which in range(2)]
-    waiting = {}
+    wait = lambda which, tile, x: hold(block.waiting[which], (tile, slice(rows.size)), x, block.zero)
+    waiting, done = {}, []
+    late = lambda: once(done[-AHEAD], -1, block.zero) if len(done) >= AHEAD else 0
 
     def sides(which, tile, waited):
         found = (every_u[which](tile), waited) if problem.norm_first else (waited, every_g[which](tile))
@@ -191,23 +194,24 @@ def _undo(block, qkv_ref, d_ref, d_norm_ref, roots, chunk):
 
     def products(which, tile):
         """w g u."""
-        x = turned[which](tile)
-        waiting[which, tile] = hold(block.waiting[which], (tile, slice(rows.size)), x, block.zero)
-        u, g = sides(which, tile, x)
+        waiting[which, tile] = wait(which, tile, turned[which](tile))
+        u, g = sides(which, tile, waiting[which, tile]())
         return (block.times(g, "weight", which, tile, chunk) * u).astype(block.dtype)
 
     sums = [block.collect(functools.partial(products, which)) for which in range(2)]
     for which in range(2):
         root = roots[which, rows]
         along = root * root * root * sums[which] * (1.0 / block.heads.dim)
-        root_of, along_of = map(block.spread, (root, along))
+        root_of, along_of = (block.spread(x, late=late) for x in (root, along))
         for tile in range(tiles):
             u, g = sides(which, tile, waiting[which, tile]())
             g = g * root_of(tile)
             du = block.times(g, "weight", which, tile, chunk) - u * along_of(tile)
             if not problem.norm_first:
+                du = wait(which, tile, du)()
                 du = block.mix(du, tpu_channels.swap(du), BACK, which, tile, chunk)
             put(which, tile, du)
+            done.append(du)
             d_norm_ref[0, 0, which, :, lanes_of(tile)] += _fresh(problem, g * u, chunk).reshape(-1, 8, LANES).sum(0)
 
 

@@ -15,11 +15,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from opensora_jax.kernels import spec
 from opensora_jax.kernels.spec import Unsupported
-from opensora_jax.kernels.tpu_lanes import LANES, LOG2E, OLDER, ROWS_BY_ROWS, Heads, dot, lanes_of
+from opensora_jax.kernels.tpu_lanes import LANES, LOG2E, OLDER, REGISTER, ROWS_BY_ROWS, Heads, dot, lanes_of
 
 
 def marks(heads: Heads) -> list[int]:
@@ -105,10 +106,17 @@ def collect(heads: Heads, spread, tile_of):
     return sums
 
 
-def spread_out(heads: Heads, spread, marks, dtype):
-    """tile → [rows, 128]: marks [rows, 128] (float32) over the lanes of their heads."""
+def spread_out(heads: Heads, spread, marks, dtype, late=lambda: 0):
+    """tile → [rows, 128]: marks [rows, 128] (float32) over the lanes of their heads. late(): zero (tpu_lanes.once) that two more
+    tiles wait for."""
     marked = split(marks, dtype)
-    of_pair = functools.cache(lambda index: dot(marked, spread[:, across(pairs(heads)[index])]))
+
+    @functools.cache
+    def of_pair(index):
+        first = late()
+        rows = pl.ds(first if isinstance(first, int) else pl.multiple_of(first, REGISTER), LANES)
+        return dot(marked, spread[rows, across(pairs(heads)[index])])
+
     return lambda tile: of_pair(tile // 2)[:, lanes_of(tile % 2)]
 
 

@@ -148,6 +148,13 @@ def hold(ref, at: tuple, x, zero):
     return lambda: values_of(jax.lax.bitcast_convert_type(there[...].reshape(words.shape), words.dtype), x.dtype)
 
 
+def once(x, row: int, zero):
+    """Zero, known once a row of x, float32, is: what is read at an address that it is added to waits for x. In a straight line
+    the compiler makes what waits for nothing long before its turn, and spills it (v6e, 2026-12-01). zero: `unknown_zero`.
+    Scalars come in the order of the program: one that is late must not be asked for early."""
+    return jax.lax.bitcast_convert_type(x[row, 0], jnp.int32) & zero
+
+
 def choose(inside, x, other):
     """x in lanes where inside(lane), else the other: as words, of which there are fewer, where the chip has them so."""
     if spec.chip() in OLDER:

@@ -100,11 +100,14 @@ class Problem(NamedTuple):
         """Tiles in one turn of the loop over them; of two, long rows would spill more than a v5p has room for."""
         return 1 if self.rows > TILE_ROWS else 2 - self.tiles % 2
 
+    @property
+    def items(self) -> int:
+        """Heads of the tiles beside each other."""
+        return self.beside * self.heads.count
+
     def stages(self, together: int):
-        """(starting, in the middle, ending): each a list of (which of the tiles beside each other, head), so many heads at
-        once, but four of long rows, whose scores would fill the fast memory."""
-        every = [(slot, head) for slot in range(self.beside) for head in range(self.heads.count)]
-        together = self._together(together)
+        """(starting, in the middle, ending): each a list of (which of the tiles beside each other, head), so many at once."""
+        every = [divmod(item, self.heads.count) for item in range(self.items)]
         work = [every[start : start + together] for start in range(0, len(every), together)]
         return zip([*work, [], []], [[], *work, []], [[], [], *work])
 
@@ -127,12 +130,9 @@ class Problem(NamedTuple):
         waiting = pltpu.VMEM((tiles, max(self.chunk_rows, self.block), LANES), jnp.float32)
         return [pltpu.VMEM((arrays * tiles, self.padded * self.pitch, LANES), self.word), [waiting, waiting]]
 
-    def held(self, together: int, *shape: int, dtype) -> list:
-        """For `Block.hold`: as much for each head at work."""
-        return [pltpu.VMEM(shape, dtype)] * min(2 * self._together(together), self.beside * self.heads.count)
-
-    def _together(self, heads: int) -> int:
-        return heads if self.rows <= TILE_ROWS else min(heads, 4)
+    def held(self, count: int, *shape: int, dtype) -> list:
+        """For `Block.hold`: so many, but no more than items."""
+        return [pltpu.VMEM(shape, dtype)] * min(count, self.items)
 
     def frame_of_row(self) -> np.ndarray:
         row = np.arange(self.rows)
@@ -334,9 +334,9 @@ class Block:
     def collect(self, tile_of):
         return tpu_channels.collect(self.heads, self.extras["spread"], tile_of)
 
-    def spread(self, marks):
+    def spread(self, marks, **late):
         """tile → [rows, 128]: marks (float32) over the lanes of their heads."""
-        return tpu_channels.spread_out(self.heads, self.extras["spread"], marks, self.dtype)
+        return tpu_channels.spread_out(self.heads, self.extras["spread"], marks, self.dtype, **late)
 
     def prepare(self, refs, roots=None):
         """Everything into words; q and k normalised and rotated. roots: keeps 1 / root mean square as float32 marks."""
