@@ -71,7 +71,8 @@ def prepared(problem, extras, which, read, rows, valid, dtype, wait):
         x, weight = read(tile).astype(jnp.float32), extras["weight"][which : which + 1, lanes_of(tile)]
         x = x * weight if problem.norm_first else x
         if "tables" in extras:
-            x = tpu_channels.turn(x, turning(extras, rows, tile))
+            # Read back, else it waits in registers while its neighbours are fetched (v6e, 2026-12-01).
+            x = tpu_channels.turn(wait(tile, x)() if wait else x, turning(extras, rows, tile))
         return x if problem.norm_first else x * weight
 
     if not wait:
