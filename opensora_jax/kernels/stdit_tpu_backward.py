@@ -260,7 +260,7 @@ class _Row:
         return *at[:axis], pl.ds(start, at[axis].size), *at[axis + 1 :]
 
     def _wait(self, which, slot, x):
-        """Transposed operands: the function that reads them."""
+        """Transposed operands: the function that reads them, which stands in their place until `finish`."""
         if not self.short:
             return lambda: x
         at = which, slot % WAITING, slice(None), slice(x.shape[1])
