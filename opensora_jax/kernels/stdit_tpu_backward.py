@@ -177,7 +177,7 @@ class _Row:
         self.tiles = [(at_query, at_key) for at_query in queries for at_key in keys]
         self.stages = self.start, self.soften, self.finish
         self.keys, self.queries, self.products, self.softened, self.d_q = {}, {}, {}, {}, {}
-        self.exponents = []  # of the tiles of a short row
+        self.exponents = []  # of all tiles so far
         self.zero, self.count = unknown_zero(1), itertools.count()
         wait = lambda tile, x: hold(scratch["held"], (tile,), x, self.zero)
         self.wait = wait if "held" in scratch else None
@@ -250,11 +250,9 @@ class _Row:
     def _late(self, at, share):
         """`at`, in a short row not known before this share of the exponents of the tile half a head ago is: what waits for
         nothing is made heads before its turn, and spills."""
-        ago = max(1, len(self.tiles) // 2)
-        if not self.short or len(self.exponents) < ago:
+        late = once(self.exponents, max(1, len(self.tiles) // 2), self.zero, share) if self.short else 0
+        if isinstance(late, int):
             return at
-        x = self.exponents[-ago]
-        late = once(x, int(share * (len(x) - 1)), self.zero)
         axis = 2 if self.problem.pieces == 1 else 0
         start = pl.multiple_of(at[axis].start + late, 16) if axis == 2 else at[axis].start + late
         return *at[:axis], pl.ds(start, at[axis].size), *at[axis + 1 :]

@@ -29,7 +29,7 @@ from opensora_jax.kernels.tpu_lanes import (
     once,
     words_of,
 )
-from opensora_jax.kernels.tpu_temporal import FAR, FORTH, TILE_ROWS, Block
+from opensora_jax.kernels.tpu_temporal import FAR, FORTH, Block
 
 ARRAYS = 4  # that lie in fast memory as words: q, k, v and the gradient of the result
 TOGETHER = 16  # heads; of long rows one by one, which takes 2 to 4% less time than four (v5e, v6e, 2026-12-01)
@@ -93,7 +93,7 @@ def _scratch(problem, normed: bool) -> list:
     rows, words = problem.rows, problem.rows // problem.pack
     roots = [pltpu.VMEM((2, problem.padded * problem.block, LANES), jnp.float32)]
     whole = not problem.halves
-    held = functools.partial(problem.held, problem.items if whole or problem.rows <= TILE_ROWS else 0)
+    held = functools.partial(problem.held, 0 if problem.long and problem.halves else problem.items)
     return [
         *problem.scratch(ARRAYS),
         held(3, words, LANES, dtype=problem.word),  # q, k and the gradient of the result
@@ -119,7 +119,7 @@ def kernel(qkv_ref, do_ref, extras, d_ref, *rest, problem):
         found = [[[None] * heads.count for _ in range(3)] for _ in range(problem.beside)]
         started, softened = {}, {}
         # Some heads' products run beside the softmax of those before and the gradients of the ones before those.
-        for starting, between, ending in problem.stages(TOGETHER if problem.rows <= TILE_ROWS else 1):
+        for starting, between, ending in problem.stages(1 if problem.long else TOGETHER):
             for slot, head in starting:
                 q = block.operand(first + slot, 0, head, q_code)
                 k = block.operand(first + slot, 1, head, k_code)
@@ -186,7 +186,6 @@ def _undo(block, qkv_ref, d_ref, d_norm_ref, roots, chunk):
     turned = [block.turned(source[which], names, which, chunk) for which in range(2)]
     wait = lambda which, tile, x: hold(block.waiting[which], (tile, slice(rows.size)), x, block.zero)
     waiting, done = {}, []
-    late = lambda: once(done[-AHEAD], -1, block.zero) if len(done) >= AHEAD else 0
 
     def sides(which, tile, waited):
         found = (every_u[which](tile), waited) if problem.norm_first else (waited, every_g[which](tile))
@@ -202,7 +201,7 @@ def _undo(block, qkv_ref, d_ref, d_norm_ref, roots, chunk):
     for which in range(2):
         root = roots[which, rows]
         along = root * root * root * sums[which] * (1.0 / block.heads.dim)
-        root_of, along_of = (block.spread(x, late=late) for x in (root, along))
+        root_of, along_of = (block.spread(x, lambda: once(done, AHEAD, block.zero)) for x in (root, along))
         for tile in range(tiles):
             u, g = sides(which, tile, waiting[which, tile]())
             g = g * root_of(tile)

@@ -106,16 +106,16 @@ def collect(heads: Heads, spread, tile_of):
     return sums
 
 
-def spread_out(heads: Heads, spread, marks, dtype, late=lambda: 0):
-    """tile → [rows, 128]: marks [rows, 128] (float32) over the lanes of their heads. late(): zero (tpu_lanes.once) that two more
-    tiles wait for."""
+def spread_out(heads: Heads, spread, marks, dtype, late=None):
+    """tile → [rows, 128]: marks [rows, 128] (float32) over the lanes of their heads. late(): a zero that the next pair of tiles
+    waits for (`tpu_lanes.once`)."""
     marked = split(marks, dtype)
 
     @functools.cache
     def of_pair(index):
-        first = late()
-        rows = pl.ds(first if isinstance(first, int) else pl.multiple_of(first, REGISTER), LANES)
-        return dot(marked, spread[rows, across(pairs(heads)[index])])
+        first = late() if late else 0
+        first = first if isinstance(first, int) else pl.multiple_of(first, REGISTER)
+        return dot(marked, spread[pl.ds(first, LANES), across(pairs(heads)[index])])
 
     return lambda tile: of_pair(tile // 2)[:, lanes_of(tile % 2)]
 

@@ -148,11 +148,15 @@ def hold(ref, at: tuple, x, zero):
     return lambda: values_of(jax.lax.bitcast_convert_type(there[...].reshape(words.shape), words.dtype), x.dtype)
 
 
-def once(x, row: int, zero):
-    """Zero, known once a row of x, float32, is: what is read at an address that it is added to waits for x. In a straight line
-    the compiler makes what waits for nothing long before its turn, and spills it (v6e, 2026-12-01). zero: `unknown_zero`.
-    Scalars come in the order of the program: one that is late must not be asked for early."""
-    return jax.lax.bitcast_convert_type(x[row, 0], jnp.int32) & zero
+def once(made: list, ago: int, zero, share=1.0):
+    """Zero, known once so much (of its rows) of what was made so many steps ago is: what is read at an address that it is added
+    to waits for that. In a straight line the compiler makes what waits for nothing long before its turn, and spills it (v6e,
+    2026-12-01). made: float32, [rows, lanes] each; while they are fewer, nothing waits. zero: `unknown_zero`. Scalars come in the
+    order of the program: one that is late must not be asked for early."""
+    if len(made) < ago:
+        return 0
+    x = made[-ago]
+    return jax.lax.bitcast_convert_type(x[int(share * (len(x) - 1)), 0], jnp.int32) & zero
 
 
 def choose(inside, x, other):

@@ -96,9 +96,14 @@ class Problem(NamedTuple):
         return next(n for n in fitting if self.words % n == 0)
 
     @property
+    def long(self) -> bool:
+        """Does one row fill more than a tile?"""
+        return self.rows > TILE_ROWS
+
+    @property
     def beside(self) -> int:
         """Tiles in one turn of the loop over them; of two, long rows would spill more than a v5p has room for."""
-        return 1 if self.rows > TILE_ROWS else 2 - self.tiles % 2
+        return 1 if self.long else 2 - self.tiles % 2
 
     @property
     def items(self) -> int:
@@ -334,9 +339,9 @@ class Block:
     def collect(self, tile_of):
         return tpu_channels.collect(self.heads, self.extras["spread"], tile_of)
 
-    def spread(self, marks, **late):
+    def spread(self, marks, late=None):
         """tile → [rows, 128]: marks (float32) over the lanes of their heads."""
-        return tpu_channels.spread_out(self.heads, self.extras["spread"], marks, self.dtype, **late)
+        return tpu_channels.spread_out(self.heads, self.extras["spread"], marks, self.dtype, late)
 
     def prepare(self, refs, roots=None):
         """Everything into words; q and k normalised and rotated. roots: keeps 1 / root mean square as float32 marks."""

@@ -18,6 +18,7 @@ from opensora_jax.kernels import (
     spec,
     stdit_tpu,
     stdit_tpu_backward,
+    stdit_tpu_temporal_backward,
     tpu_rows,
     tpu_slopes,
     tpu_temporal,
@@ -76,6 +77,17 @@ def test_frames_in_chunks_that_overlap(name, frames, monkeypatch):
     monkeypatch.setattr(tpu_temporal, "CHUNK_ROWS", 96)
     case = replace(BY_NAME[name].small(), batch=1, queries=frames, heads=4, head_dim=32)
     check(case, "float32", functools.partial(stdit_attention, implementation="pallas_tpu"))
+
+
+@pytest.mark.parametrize(
+    "name, older",
+    [("v1.2 temporal T=120 480p", False), ("v1.2 temporal T=120 480p", True), ("v1.1 temporal T=16 360p", False)],
+)
+def test_rows_of_more_frames_than_a_tile(name, older, monkeypatch):
+    monkeypatch.setattr(tpu_temporal, "OLDER", ("cpu",) * older)
+    monkeypatch.setattr(stdit_tpu_temporal_backward, "AHEAD", 1)  # norms of k wait for the gradient of q
+    case = replace(BY_NAME[name], batch=1, queries=72, keys=9, heads=4, head_dim=32)
+    check(case, "bfloat16", functools.partial(stdit_attention, implementation="pallas_tpu"))
 
 
 @pytest.mark.parametrize("name, frames", [("v1.1 temporal T=16 360p", 7), ("v1.2 temporal T=15 360p", 24)])
